@@ -1,0 +1,84 @@
+# `make demo` and `make test` need Python 3.11 or later and a C++17 compiler; everything else is installed into .venv.
+PYTHON ?= python3
+# One version for everybody's tests; on a machine with a GPU any torch from 2.8 on will do: make TORCH=torch demo
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+PEER := .venvs/llm-compressor
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "Pennyweight needs Python 3.11 or later, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12" >&2; exit 1; }
+
+.PHONY: help demo test test-all lint format sanitize bench peers clean distclean
+
+help:
+	@echo "make demo       quantize the small model that ships with Pennyweight and compare the two"
+	@echo "make test       the fast tests            make test-all   also the slow ones"
+	@echo "make lint       formatting, types, layers make format     mend the formatting"
+	@echo "make sanitize   run the native part under the address and undefined-behaviour sanitizers"
+	@echo "make bench      the quality table         make peers      environments of the tools we compare with"
+	@echo "make clean      remove what was built     make distclean  and the environments"
+
+demo: $(VENV)/.installed
+	$(BIN)/pennyweight demo
+
+test: $(VENV)/.developer
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/.developer
+	$(BIN)/python -m pytest -q -m "not network"
+
+lint: $(VENV)/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+
+format: $(VENV)/.developer
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+# Linux and gcc: python itself is not instrumented, so the sanitizer's library has to be loaded before it.
+sanitize: $(VENV)/.installed
+	$(PIP_INSTALL) --no-deps --upgrade --target build/sanitize . -Ccmake.build-type=Debug \
+		-Ccmake.define.PENNYWEIGHT_SANITIZE=ON -Ccmake.define.PENNYWEIGHT_WERROR=ON -Cbuild-dir=build/sanitize-objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -I tests/native_exercise.py build/sanitize
+
+bench: $(VENV)/.developer
+	$(BIN)/python -m benchmarks.quality
+
+peers: $(PEER)/.installed
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .venvs
+
+$(BIN)/python:
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip
+
+$(VENV)/.installed: $(BUILD_INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.developer: $(BUILD_INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) --editable ".[test,lint]"
+	@touch $(VENV)/.installed $@
+
+$(PEER)/.installed: benchmarks/peers/llm_compressor/requirements.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --upgrade pip
+	$(PEER)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(PEER)/bin/python -m pip install --quiet --requirement $<
+	@touch $@

@@ -1,0 +1,25 @@
+// Finds out what the processor can do.
+#include "kernels.h"
+
+namespace pennyweight {
+
+std::size_t instruction_sets(const char** names) {
+  std::size_t count = 0;
+#if (defined(__GNUC__) || defined(__clang__)) && (defined(__x86_64__) || defined(__i386__))
+  // __builtin_cpu_supports takes string literals only, so this cannot be a loop over a table.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) names[count++] = "avx2";
+  if (__builtin_cpu_supports("fma")) names[count++] = "fma";
+  if (__builtin_cpu_supports("avx512f")) names[count++] = "avx512f";
+  if (__builtin_cpu_supports("avx512bw")) names[count++] = "avx512bw";
+  if (__builtin_cpu_supports("avx512vl")) names[count++] = "avx512vl";
+  if (__builtin_cpu_supports("avx512vnni")) names[count++] = "avx512vnni";
+#elif defined(__aarch64__) || defined(_M_ARM64)
+  names[count++] = "neon";  // part of the base architecture
+#else
+  (void)names;
+#endif
+  return count;
+}
+
+}  // namespace pennyweight

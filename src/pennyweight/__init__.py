@@ -1,0 +1,28 @@
+"""Pennyweight turns a trained model into the best smaller one that fits, in the file that its runtime reads.
+
+Importing it costs nothing: torch and transformers are imported by the first attribute that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pennyweight.pipeline.run import quantize
+
+__all__ = ["__version__", "quantize"]
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_LAZY = {"quantize": "pennyweight.pipeline.run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

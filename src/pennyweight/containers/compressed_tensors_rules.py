@@ -1,0 +1,186 @@
+"""What pack-quantized cannot hold, and what transformers 5.23 or vLLM refuse or would load wrongly, in sentences.
+
+tests/containers/test_compressed_tensors_rows.py opens files that break these rules to see that they are still true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+
+from pennyweight.containers.base import ModelFacts
+from pennyweight.formats.integer import Int
+from pennyweight.models.base import Site
+from pennyweight.plan.plan import Plan
+from pennyweight.schemes import PerGroup, PerTensor, Scheme
+
+SiteRule = Callable[[Scheme, Site], str | None]
+PlanRule = Callable[[Plan, Sequence[Site]], str | None]
+
+# The group sizes of vLLM's Marlin kernels; one scale per channel is their -1.
+_MARLIN_GROUPS = (32, 64, 128)
+# Linears that vLLM merges into one: each tuple lives or dies under one scheme.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
+_FUSED_WITH = {member: members for members in _FUSED for member in members}
+
+
+def site_refusal(scheme: Scheme, site: Site, *, runtime: str) -> str | None:
+    """Why `runtime` cannot read `scheme` for `site` from this container, or None."""
+    rules: tuple[SiteRule, ...] = (_format, _storage, _groups)
+    if runtime == "vllm":
+        rules = (*rules, _marlin)
+    return next((reason for rule in rules if (reason := rule(scheme, site)) is not None), None)
+
+
+def plan_refusal(plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtime: str) -> str | None:
+    """Why `runtime` cannot read the whole plan, or None."""
+    if not plan.schemes:
+        return "no site has a scheme: there is nothing to write; the float model is already what would be written"
+    reason = _scale_type(plan, facts)
+    if reason is not None:
+        return reason
+    rules: tuple[PlanRule, ...] = (
+        (_fused_linears, _fused_experts) if runtime == "vllm" else (_experts, _mixed_with_zeros)
+    )
+    return next((reason for rule in rules if (reason := rule(plan, sites)) is not None), None)
+
+
+# ---- one site
+
+
+def _format(scheme: Scheme, site: Site) -> str | None:
+    element = scheme.element
+    if isinstance(element, Int) and element.signed:
+        return None
+    return (
+        f"{site.name}: {scheme} given; compressed-tensors packs signed integers of 2 to 8 bits only: "
+        f"use int{element.bits}, with -asym where the weights lie on one side of zero"
+    )
+
+
+def _storage(scheme: Scheme, site: Site) -> str | None:
+    if site.index is not None or site.rows is not None:
+        return (
+            f"{site.name}: the checkpoint keeps its experts together in {site.tensor}; transformers reads packed "
+            "experts only where the checkpoint stores each under its own name: keep these experts in float, "
+            "or write another container"
+        )
+    if site.transposed or site.kind == "conv1d":
+        return (
+            f"{site.name}: GPT-2's weights are stored transposed (Conv1D, [in, out]), and transformers leaves a packed "
+            "Conv1D at random values; compressed-tensors packs Linear weights only: keep this layer in float, "
+            "or write another container"
+        )
+    return None
+
+
+def _groups(scheme: Scheme, site: Site) -> str | None:
+    inputs = site.shape[1]
+    if not isinstance(scheme.granularity, PerGroup) or inputs % scheme.granularity.size == 0:
+        return None
+    return (
+        f"{site.name}: {inputs} inputs cannot be split into groups of {scheme.granularity.size}; the group size must "
+        f"divide the inputs: use a divisor of {inputs}, or one scale per channel"
+    )
+
+
+def _marlin(scheme: Scheme, site: Site) -> str | None:
+    bits = scheme.element.bits
+    if bits not in (4, 8):
+        return f"{site.name}: {scheme} given; vLLM runs packed integers of 4 and 8 bits only: use int4 or int8"
+    if scheme.zero is not None and bits != 4:
+        return f"{site.name}: {scheme} given; vLLM's kernels take zero points at 4 bits only: drop -asym, or use int4"
+    if isinstance(scheme.granularity, PerTensor):
+        return f"{site.name}: {scheme} given; vLLM takes one scale per channel or per group: use int{bits}-channel"
+    if isinstance(scheme.granularity, PerGroup) and scheme.granularity.size not in _MARLIN_GROUPS:
+        return (
+            f"{site.name}: groups of {scheme.granularity.size} given; vLLM's Marlin kernels take groups of 32, 64 or "
+            f"128 or one scale per channel: use one of these"
+        )
+    return None
+
+
+# ---- the plan
+
+
+def _scale_type(plan: Plan, facts: ModelFacts) -> str | None:
+    for name, scheme in plan.schemes.items():
+        if scheme.scale.dtype != facts.dtype:
+            return (
+                f"{name}: {scheme.scale.dtype} scales in a {facts.dtype} model would be cast to {facts.dtype} when "
+                f"loaded and decode to other weights: use {facts.dtype} scales (leave the scale type out of the scheme)"
+            )
+    return None
+
+
+def _experts(plan: Plan, sites: Sequence[Site]) -> str | None:
+    """transformers decodes all experts of a model with one scheme, without zero points, and drops those in float."""
+    experts = [site for site in sites if site.kind == "expert" and site.index is None]
+    chosen = [plan.schemes.get(site.name) for site in experts]
+    for site, scheme in zip(experts, chosen, strict=True):
+        if scheme is None:
+            return (
+                f"{site.name}: this expert stays in float, but once any layer is packed transformers loads experts "
+                "only if all of them are: give every expert the same symmetric scheme"
+            )
+        if scheme.zero is not None:
+            return (
+                f"{site.name}: {scheme} given; transformers decodes packed experts without zero points: "
+                "use a symmetric scheme for the experts"
+            )
+        if chosen[0] is not None and scheme != chosen[0]:
+            return (
+                f"{site.name} has {scheme} and {experts[0].name} has {chosen[0]}; transformers decodes the experts of "
+                "all layers with one scheme and would load the others wrongly: give every expert the same scheme"
+            )
+    return None
+
+
+def _mixed_with_zeros(plan: Plan, sites: Sequence[Site]) -> str | None:
+    names = list(dict.fromkeys(str(scheme) for scheme in plan.schemes.values()))
+    if len(names) < 2 or all(scheme.zero is None for scheme in plan.schemes.values()):
+        return None
+    return (
+        f"{' and '.join(names)} given; transformers loads zero points only by decoding every layer with one and the "
+        "same scheme, and would load the others wrongly: use one scheme for all layers, or symmetric ones"
+    )
+
+
+def _fused_linears(plan: Plan, sites: Sequence[Site]) -> str | None:
+    by_name = {site.name: site for site in sites}
+    for site in sites:
+        parent, _, leaf = site.name.rpartition(".")
+        for other in _FUSED_WITH.get(leaf, ()):
+            reason = _differ(plan, site.name, f"{parent}.{other}") if f"{parent}.{other}" in by_name else None
+            if reason is not None:
+                return reason
+    return None
+
+
+def _fused_experts(plan: Plan, sites: Sequence[Site]) -> str | None:
+    for members in _experts_by_block(sites):
+        for member in members[1:]:
+            reason = _differ(plan, members[0], member)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _experts_by_block(sites: Sequence[Site]) -> Iterator[list[str]]:
+    experts = sorted((site for site in sites if site.kind == "expert"), key=lambda site: site.block)
+    for _, members in groupby(experts, key=lambda site: site.block):
+        yield [site.name for site in members]
+
+
+def _differ(plan: Plan, one: str, other: str) -> str | None:
+    mine, theirs = _named(plan.schemes, one), _named(plan.schemes, other)
+    if plan.schemes.get(one) == plan.schemes.get(other):
+        return None
+    return (
+        f"{one} has {mine} and {other} has {theirs}; vLLM merges the two into one matrix: "
+        "give both the same scheme, or keep both in float"
+    )
+
+
+def _named(schemes: Mapping[str, Scheme], site: str) -> str:
+    return str(schemes[site]) if site in schemes else "float"

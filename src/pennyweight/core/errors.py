@@ -1,0 +1,76 @@
+"""What can go wrong, as a tree; every class also derives from the builtin that a caller would expect.
+
+PennyweightError
+├── UsageError (ValueError)          an option, a name or a combination that is not allowed
+├── ShapeError (ValueError)          a tensor whose shape does not fit
+├── WeightError (ValueError)         NaN or infinity in a weight
+├── NotPositiveDefiniteError (ArithmeticError)   a Hessian that cannot be factorised
+├── ModelError (ValueError)          a directory that is not a model we can quantize
+│   └── CheckpointError              a weight file that is damaged, incomplete or of an unknown kind
+├── DataError (ValueError)           calibration or evaluation text that cannot be used
+├── ContainerError (ValueError)      a plan that the container cannot hold
+├── SpaceError (OSError)             not enough room on the disk
+├── VerificationError (RuntimeError) the runtime and our own decoding disagree
+└── MissingExtraError (ImportError)  an optional dependency that is not installed
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class PennyweightError(Exception):
+    """Base of all errors that Pennyweight raises on purpose; its text names what was given, what is allowed, what to do."""
+
+
+class UsageError(PennyweightError, ValueError):
+    pass
+
+
+class ShapeError(PennyweightError, ValueError):
+    pass
+
+
+class WeightError(PennyweightError, ValueError):
+    pass
+
+
+class NotPositiveDefiniteError(PennyweightError, ArithmeticError):
+    pass
+
+
+class ModelError(PennyweightError, ValueError):
+    pass
+
+
+class CheckpointError(ModelError):
+    pass
+
+
+class DataError(PennyweightError, ValueError):
+    pass
+
+
+class ContainerError(PennyweightError, ValueError):
+    pass
+
+
+class SpaceError(PennyweightError, OSError):
+    pass
+
+
+class VerificationError(PennyweightError, RuntimeError):
+    pass
+
+
+class MissingExtraError(PennyweightError, ImportError):
+    pass
+
+
+def require(module: str, *, extra: str) -> Any:
+    """Import an optional dependency, or raise MissingExtraError with the pip command that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"{module} is needed here: pip install 'pennyweight[{extra}]'") from error

@@ -1,0 +1,65 @@
+"""Files that appear whole or not at all, content hashes, and JSON that is the same every time."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pennyweight.core.errors import SpaceError
+
+_READ = 1 << 22
+
+
+def to_json(value: Any) -> str:
+    """`value` (dataclasses, mappings, sequences, numbers, text) as indented JSON with a final newline."""
+    return json.dumps(value, indent=2, default=_plain, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_space(directory: Path, needed_bytes: int) -> None:
+    """Raises SpaceError when the file system of `directory` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise SpaceError(
+            errno.ENOSPC,
+            f"{directory}: the output needs {needed_bytes:,} bytes and {free:,} are free: make room, or choose another --out",
+        )

@@ -1,0 +1,65 @@
+"""Work cut into fixed chunks, each computed by one thread in the same way whoever runs it.
+
+The results therefore do not depend on the number of threads, which torch's own multi-threaded matrix
+products and factorisations do not promise. The number of threads is the caller's torch setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="pennyweight", initializer=torch.set_num_threads, initargs=(1,))
+
+
+@contextmanager
+def one_thread_per_operation() -> Iterator[int]:
+    """Torch operations inside run on one thread each; yields the number of threads that the caller allowed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """[function(item) for item in items], on as many threads as torch may use; each item's work is single-threaded.
+
+    Nested calls run inline. The first exception (in item order) is raised after all running items have ended.
+    """
+    work = list(items)
+    with one_thread_per_operation() as threads:
+        if threads == 1 or len(work) < 2:
+            return [function(item) for item in work]
+        with torch.inference_mode(torch.is_inference_mode_enabled()):
+            return list(_pool(threads).map(_without_gradients(function), work))
+
+
+def _without_gradients(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    # Gradient mode is a setting of the thread: a pool thread must be told not to record.
+    def call(item: Item) -> Result:
+        with torch.no_grad():
+            return function(item)
+
+    return call
+
+
+def chunks(length: int, size: int) -> list[slice]:
+    """`range(length)` as consecutive slices of at most `size`.
+
+    >>> chunks(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -1,0 +1,1 @@
+"""The arithmetic that must be fast: matrix products, bit packing, and the native library's loader."""

@@ -1,0 +1,77 @@
+"""What a checkpoint and a site are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Type and shape of a stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count * self.dtype.itemsize
+
+
+class Checkpoint(Protocol):
+    """Named tensors of a model on disk; nothing stays in memory.
+
+    tensors        name -> type and shape of what `read` returns
+    decoded_from   None for a float checkpoint, else what was decoded on reading, e.g. "fp8 weights with block scales"
+    weight_files   the files that hold the weights, in order of name
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def decoded_from(self) -> str | None: ...
+    @property
+    def weight_files(self) -> list[Path]: ...
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """The tensor `name` (rows `part` of its first axis) in fresh memory, in its stored type; raises CheckpointError."""
+
+
+SiteKind = Literal["linear", "conv1d", "expert"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight matrix of a model that can be quantized.
+
+    name        the checkpoint's name of it without ".weight": "model.layers.0.self_attn.q_proj"
+    shape       (out, in), whatever way it is stored
+    block       index of the repeated block it belongs to
+    kind        "conv1d" is stored transposed, [in, out]; "expert" is one expert's matrix
+    tensor      name of the checkpoint tensor that holds it
+    index       position along the first axis where `tensor` holds all experts [experts, ...], else None
+    rows        rows of that slice where it holds several matrices (gate and up), else None
+    transposed  stored [in, out]
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block: int
+    kind: SiteKind
+    tensor: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]

@@ -1,0 +1,132 @@
+"""The sites of a model: what can be quantized, and where each one lives in the module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pennyweight.models.base import Site, SiteKind
+from pennyweight.models.weight_map import Source, WeightMap
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site's matrix is inside the model: a parameter, or rows of one slice of a 3-D parameter."""
+
+    parameter: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The matrix as a view [out, in] of `parameter`'s memory."""
+        matrix = parameter if self.index is None else parameter[self.index]
+        matrix = matrix.T if self.transposed else matrix
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """sites in the order of the model, their places, and matrices that cannot be sites, with the reason."""
+
+    sites: list[Site]
+    places: dict[str, Place]
+    refused: dict[str, str]
+
+
+def find_sites(model: nn.Module, blocks: list[str], weights: WeightMap) -> Sites:
+    """Linear maps inside the blocks: nn.Linear, transformers' Conv1D, and experts kept as 3-D parameters.
+
+    Routers are left out: a linear map beside the experts with one output an expert, or one output.
+    """
+    found = Sites([], {}, {})
+    for number, block in enumerate(blocks):
+        for path, module in model.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+                if not _is_router(model, path):
+                    _add_matrix(found, path, module, number, weights)
+            elif path.endswith("experts") or hasattr(module, "is_transposed"):
+                _add_experts(found, path, module, number, weights)
+    return found
+
+
+def _is_router(model: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    siblings = dict(model.get_submodule(parent).named_children())
+    experts = siblings.get("experts")
+    if experts is None or name == "experts":
+        return False
+    stacked = [parameter.shape[0] for parameter in experts.parameters(recurse=False) if parameter.ndim == 3]
+    count = stacked[0] if stacked else len(list(experts.children()))
+    module = siblings[name]
+    return isinstance(module, nn.Linear) and module.out_features in (1, count)
+
+
+def _add_matrix(found: Sites, path: str, module: nn.Module, block: int, weights: WeightMap) -> None:
+    parameter = f"{path}.weight"
+    source = weights.sources.get(parameter)
+    shape = module.get_parameter("weight").shape
+    if source is None:
+        found.refused[path] = "it shares its weight with another module"
+        return
+    if source.converter is not None or not source.keys[0].endswith(".weight"):
+        found.refused[path] = f"its weight is made from {', '.join(source.keys[:3])} while loading"
+        return
+    transposed = not isinstance(module, nn.Linear)
+    kind: SiteKind = "conv1d" if transposed else ("expert" if ".experts." in path else "linear")
+    out, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    name = source.keys[0].removesuffix(".weight")
+    found.sites.append(Site(name, (out, inputs), block, kind, source.keys[0], transposed=transposed))
+    found.places[name] = Place(parameter, transposed=transposed)
+
+
+def _add_experts(found: Sites, path: str, module: nn.Module, block: int, weights: WeightMap) -> None:
+    transposed = bool(getattr(module, "is_transposed", False))
+    for name, parameter in module.named_parameters(recurse=False):
+        source = weights.sources.get(f"{path}.{name}")
+        if parameter.ndim != 3 or source is None:
+            continue
+        for site, place in _expert_sites(f"{path}.{name}", parameter, block, source, transposed=transposed):
+            found.sites.append(site)
+            found.places[site.name] = place
+        if _kind_of_merge(source) is None:
+            found.refused[f"{path}.{name}"] = f"its experts are made from {source.keys[0]} in a way that is not known here"
+
+
+def _kind_of_merge(source: Source) -> str | None:
+    """How a 3-D parameter comes about: "stored" as it is, "stacked" from matrices, or None where we don't know."""
+    if source.converter is None:
+        return "stored"
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in source.converter.operations]
+    return "stacked" if steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]) else None
+
+
+def _expert_sites(
+    path: str, parameter: Tensor, block: int, source: Source, *, transposed: bool
+) -> list[tuple[Site, Place]]:
+    experts, first, second = parameter.shape
+    shape = (second, first) if transposed else (first, second)
+    merge = _kind_of_merge(source)
+    if merge == "stored":
+        key = source.keys[0]
+        return [
+            (
+                Site(f"{key}.{index}", shape, block, "expert", key, index=index, transposed=transposed),
+                Place(path, index, transposed=transposed),
+            )
+            for index in range(experts)
+        ]
+    if merge is None or transposed:
+        return []
+    patterns = list(source.converter.source_patterns)
+    height = first // len(patterns)
+    found: list[tuple[Site, Place]] = []
+    seen = dict.fromkeys(patterns, 0)
+    for key, pattern in zip(source.keys, source.patterns, strict=True):
+        start = patterns.index(pattern) * height
+        rows = None if len(patterns) == 1 else (start, start + height)
+        site = Site(key.removesuffix(".weight"), (height, second), block, "expert", key)
+        found.append((site, Place(path, seen[pattern], rows)))
+        seen[pattern] += 1
+    return found

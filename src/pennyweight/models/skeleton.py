@@ -1,0 +1,128 @@
+"""A transformers model built without its weights, and where its repeated blocks are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from pennyweight.core.errors import ModelError
+
+# Parts of a multimodal model that are never quantized, by the names that transformers gives them.
+_TOWERS = ("vision", "visual", "audio", "image", "speech", "video", "mtp", "codec")
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """torch.empty gives meta tensors: parameters take no memory, while computed buffers (rotary tables) are real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model directory; raises ModelError."""
+    from transformers import AutoConfig
+
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: give a Hugging Face model directory (config.json, *.safetensors)")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise ModelError(
+            f"{path}/config.json cannot be used: {_first_line(error)}. Known model types are those of the installed "
+            "transformers; a model that brings its own code needs --trust-remote-code."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model that `config.architectures` names (else a causal or plain model), float32, parameters on "meta"."""
+    import transformers
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{config.model_type}: models with an encoder and a decoder are not taken: quantize a decoder or an encoder"
+        )
+    config = _for_eager_experts(config)
+    named = (config.architectures or [""])[0]
+    cls = getattr(transformers, named, None)
+    with _WithoutMemory(), _quiet():
+        if cls is not None and not hasattr(config, "auto_map"):
+            model = cls._from_config(config, dtype=torch.float32)
+        else:
+            model = _by_auto_class(config, trust_remote_code=trust_remote_code)
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _for_eager_experts(config: Any) -> Any:
+    # Experts are observed where each one's linear map is called, so they must not run as one grouped product.
+    # The quantization of an already quantized checkpoint is undone on reading.
+    config._experts_implementation = "eager"
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _by_auto_class(config: Any, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    for auto in (AutoModelForCausalLM, AutoModel):
+        try:
+            return auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            reason = _first_line(error)
+    raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {reason}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the repeated blocks of the language part, in order: the ModuleList with the most weights outside
+    vision and audio towers. Raises ModelError."""
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(outer + ".") for outer in sizes)
+        tower = any(word in part for part in name.lower().split(".") for word in _TOWERS)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested and not tower:
+            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    if not sizes or max(sizes.values()) == 0:
+        raise ModelError(
+            f"{type(model).__name__}: no repeated blocks were found (no ModuleList with weights outside vision and audio "
+            "towers), so it cannot be streamed block by block"
+        )
+    widest = max(sizes, key=lambda name: sizes[name])
+    blocks = model.get_submodule(widest)
+    assert isinstance(blocks, nn.ModuleList)
+    return [f"{widest}.{index}" for index in range(len(blocks))]
+
+
+def call_arguments(model: nn.Module, input_ids: torch.Tensor) -> dict[str, Any]:
+    """Keyword arguments of one forward pass over token ids [batch, tokens] without padding and without a cache."""
+    accepted = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": input_ids}
+    if "use_cache" in accepted:
+        arguments["use_cache"] = False
+    return arguments

@@ -1,0 +1,240 @@
+"""A transformers model that is run block by block, with one block's weights in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.core.parallel import parallel_map
+from pennyweight.models.base import Checkpoint, Site
+from pennyweight.models.checkpoint import open_checkpoint
+from pennyweight.models.decoders import decoded
+from pennyweight.models.intercept import Intercept, Seen, Watched
+from pennyweight.models.sites import Place, find_sites
+from pennyweight.models.skeleton import build, call_arguments, find_blocks, read_config
+from pennyweight.models.weight_map import WeightMap
+
+
+@dataclass
+class Stream:
+    """Batches of windows on their way through the blocks.
+
+    hidden      one tensor [windows, tokens, width] a batch: the input of the next block
+    arguments   batch -> block -> what else the model passes to that block (masks, rotary tables)
+    """
+
+    input_ids: list[Tensor]
+    hidden: list[Tensor]
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+
+
+class StreamedModel:
+    """The model of a directory: config, checkpoint, blocks and sites; weights are read when they are needed."""
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False, device: str = "cpu") -> None:
+        from pennyweight.models.config_json import read_config_json
+
+        self.path = path
+        self.device = torch.device(device)
+        raw = read_config_json(path)
+        self.checkpoint: Checkpoint = decoded(open_checkpoint(path), raw)
+        self.config = read_config(path, trust_remote_code=trust_remote_code)
+        self.module = build(self.config, trust_remote_code=trust_remote_code)
+        self.weights = WeightMap(self.module, self.checkpoint)
+        self.blocks = find_blocks(self.module)
+        found = find_sites(self.module, self.blocks, self.weights)
+        self.sites: list[Site] = found.sites
+        self.places: dict[str, Place] = found.places
+        self.refused: dict[str, str] = found.refused
+        self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        self._outside: dict[int, Tensor] = {}
+        self._returns_tuple = False
+        if self.device.type != "cpu":
+            _move_buffers(self.module, self.device)
+
+    @property
+    def is_decoder(self) -> bool:
+        """It has a language-model head, so perplexity and logits mean something."""
+        return bool(hasattr(self.module, "lm_head") or self.module.get_output_embeddings() is not None)  # type: ignore[operator]
+
+    @property
+    def tied_head(self) -> bool:
+        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False)) and self.is_decoder
+
+    def sites_of(self, block: int) -> list[Site]:
+        return [site for site in self.sites if site.block == block]
+
+    def linear_names(self) -> tuple[str, ...]:
+        """Modules of type nn.Linear that are no sites: heads, routers, towers."""
+        owned = {place.parameter.removesuffix(".weight") for place in self.places.values()}
+        linear = (name for name, module in self.module.named_modules() if isinstance(module, nn.Linear))
+        return tuple(name for name in linear if name not in owned)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def start(self, batches: Sequence[Tensor]) -> Stream:
+        """Run the part before the blocks on `batches` of token ids [windows, tokens], and note what each block is given."""
+        stream = Stream([batch.to(self.device) for batch in batches], [], [])
+        canonical: list[Tensor] = []
+        with torch.no_grad(), self.opened(0) as first:
+            self._returns_tuple = self._probe(first, stream.input_ids[0])
+            for ids in stream.input_ids:
+                recorded, hidden = self._record(ids)
+                stream.hidden.append(hidden)
+                stream.arguments.append([(_shared(args, canonical), _shared(kwargs, canonical)) for args, kwargs in recorded])
+        self._outside.clear()
+        return stream
+
+    def run_block(self, block: nn.Module, index: int, stream: Stream, *, seen: Callable[[int], Seen] | None = None,
+                  watched: Watched | None = None, batches: Sequence[int] | None = None) -> list[Tensor]:  # fmt: skip
+        """Outputs of block `index` for `batches` (all), one thread a batch; `seen(batch)` gets each linear map's input."""
+
+        def one(batch: int) -> Tensor:
+            args, kwargs = stream.arguments[batch][index]
+            observer = None if seen is None else seen(batch)
+            with torch.no_grad(), Intercept(load=self._load, watched=watched, seen=observer):
+                out = block(stream.hidden[batch], *args, **kwargs)
+            return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+        return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
+
+    def finish(self, stream: Stream, batch: int) -> Tensor:
+        """Run the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens, vocabulary] of a decoder, the
+        last hidden state of an encoder."""
+        final = stream.hidden[batch]
+
+        def skip(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._wrap(final)
+
+        with torch.no_grad(), self._patched([skip] * len(self.blocks)), Intercept(load=self._load):
+            out = self.module(**call_arguments(self.module, stream.input_ids[batch]))
+        return out.logits if self.is_decoder else out.last_hidden_state  # type: ignore[no-any-return]
+
+    def _probe(self, first: nn.Module, ids: Tensor) -> bool:
+        """Whether blocks return tuples: seen by running the first one on a few tokens."""
+        answer: list[bool] = []
+        original = first.forward
+
+        def look(*args: Any, **kwargs: Any) -> Any:
+            answer.append(isinstance(original(*args, **kwargs), tuple))
+            raise _Enough
+
+        with self._patched([look]), Intercept(load=self._load):
+            try:
+                self.module(**call_arguments(self.module, ids[:1, :8]))
+            except _Enough:
+                pass
+        return answer[0]
+
+    def _record(self, ids: Tensor) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], Tensor]:
+        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        hidden: list[Tensor] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            first = args[0] if args else kwargs.pop("hidden_states")
+            hidden.append(first)
+            recorded.append((args[1:], kwargs))
+            if len(recorded) == len(self.blocks):
+                raise _Enough
+            return self._wrap(first)
+
+        with self._patched([note] * len(self.blocks)), Intercept(load=self._load):
+            try:
+                self.module(**call_arguments(self.module, ids))
+            except _Enough:
+                pass
+        return recorded, hidden[0]
+
+    def _wrap(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    @contextmanager
+    def _patched(self, functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """The first blocks call `functions` in place of their own forward."""
+        modules = [self.module.get_submodule(name) for name in self.blocks[: len(functions)]]
+        for module, function in zip(modules, functions, strict=True):
+            module.forward = function  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    def _load(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter outside the blocks, read on its first use and kept until the pass is over."""
+        key = id(parameter)
+        if key not in self._outside:
+            self._outside[key] = self.weights.read(self._names[key]).to(self.device)
+        return self._outside[key]
+
+    def release(self) -> None:
+        """Let go of what was read outside the blocks (embeddings, head)."""
+        self._outside.clear()
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory, float32."""
+        name = self.blocks[index]
+        block = self.module.get_submodule(name)
+        empty = dict(block.named_parameters())
+        try:
+            for path, parameter in empty.items():
+                value = self.weights.read(f"{name}.{path}").to(self.device)
+                _set(block, path, nn.Parameter(value, requires_grad=False))
+            for path, buffer in block.named_buffers():
+                if f"{name}.{path}" in self.weights.sources:
+                    buffer.copy_(self.weights.read(f"{name}.{path}"))
+            yield block
+        finally:
+            for path, parameter in empty.items():
+                _set(block, path, parameter)
+
+    def matrix(self, site: Site) -> Tensor:
+        """The site's weight [out, in] in an opened block, as a view of the block's memory."""
+        place = self.places[site.name]
+        return place.view(self.module.get_parameter(place.parameter).data)
+
+    def watched(self, sites: Sequence[Site]) -> Watched:
+        """For `run_block`: recognises the sites of an opened block by where their weights lie in memory."""
+        return Watched({site.name: self.matrix(site) for site in sites})
+
+
+class _Enough(Exception):
+    """The forward pass has shown what it was run for."""
+
+
+def _set(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    owner, _, name = path.rpartition(".")
+    module.get_submodule(owner)._parameters[name] = parameter
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                owner._buffers[name] = buffer.to(device)
+
+
+def _shared(value: Any, canonical: list[Tensor]) -> Any:
+    """`value` with every tensor replaced by an equal one seen before, so that equal masks are held once."""
+    if isinstance(value, Tensor):
+        for known in canonical:
+            if known is value or (
+                known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
+            ):
+                return known
+        canonical.append(value)
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(_shared(item, canonical) for item in value)
+    if isinstance(value, dict):
+        return {key: _shared(item, canonical) for key, item in value.items()}
+    return value

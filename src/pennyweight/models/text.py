@@ -1,0 +1,143 @@
+"""Text into windows of token ids, for calibration and for evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pennyweight.core.errors import DataError, ModelError
+
+BUILT_IN = "built-in"
+# Marks the end of a document in plain text files, as in TinyStories.
+_SEPARATOR = "<|endoftext|>"
+# Tokens of a batch: enough rows for an efficient product, few enough to leave one batch for each thread.
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The special tokens that a tokenizer puts around a text: BOS; [CLS] and [SEP]."""
+
+    before: list[int]
+    after: list[int]
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory; raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"{path} has no tokenizer that can be loaded ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+            "add its tokenizer files, or use --calibration none"
+        ) from error
+
+
+def documents(source: str, tokenizer: Any) -> list[str]:
+    """The documents of `source`: a text file, a .jsonl with `text` or `messages` (through the chat template), a directory
+    of such files, or "built-in". Raises DataError."""
+    if source == BUILT_IN:
+        return [files("pennyweight.models").joinpath("calibration.txt").read_text(encoding="utf-8")]
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"{source} does not exist: give a text file, a .jsonl file, a directory of them, or 'none'")
+    parts = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".json", ".md")) if path.is_dir() else [path]
+    found = [document for part in parts for document in _file_documents(part, tokenizer) if document.strip()]
+    if not found:
+        raise DataError(f"{source} holds no text: give a text file, or a .jsonl with `text` or `messages` in each line")
+    return found
+
+
+def _file_documents(path: Path, tokenizer: Any) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): give plain text") from error
+    if path.suffix not in (".jsonl", ".json"):
+        return text.split(_SEPARATOR)
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [_record(path, number, line, tokenizer) for number, line in lines]
+
+
+def _record(path: Path, number: int, line: str, tokenizer: Any) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}): one object a line is expected") from error
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return str(record["text"])
+    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(f"{path}, line {number}: `messages` need a chat template and this tokenizer has none: give `text`")
+        return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+    raise DataError(f"{path}, line {number}: an object with a `text` string or a `messages` list is expected")
+
+
+def special_tokens(tokenizer: Any) -> Prefixes:
+    """What the tokenizer puts before and after a text, found on a text of one token."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = list(tokenizer("a")["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == list(bare):
+            return Prefixes(full[:start], full[start + len(bare) :])
+    return Prefixes([], [])
+
+
+def windows(texts: Iterable[str], tokenizer: Any, *, length: int, count: int | None = None, seed: int | None = None) -> Tensor:
+    """Token ids int64 [windows, length] cut from `texts` one after the other, each window with its special tokens.
+
+    `count` windows are drawn without replacement in the order of the text (`seed`), all when None. Raises DataError where
+    there is less than one window.
+    """
+    special = special_tokens(tokenizer)
+    body = length - len(special.before) - len(special.after)
+    if body < 2:
+        raise DataError(f"windows of {length} tokens leave no room for text: give at least {length - body + 2}")
+    ids: list[int] = []
+    for text in texts:
+        # Documents of one text file follow each other as they would in training.
+        ids.extend(special.before if ids else [])
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    total = len(ids) // body
+    if total == 0:
+        raise DataError(
+            f"the text has {len(ids)} tokens, fewer than one window of {length}: give more text or a smaller --length"
+        )
+    table = torch.tensor(ids[: total * body]).reshape(total, body)
+    if count is not None and count < total:
+        generator = torch.Generator().manual_seed(seed or 0)
+        table = table[torch.randperm(total, generator=generator)[:count].sort().values]
+    before = torch.tensor(special.before, dtype=torch.int64).expand(len(table), -1)
+    after = torch.tensor(special.after, dtype=torch.int64).expand(len(table), -1)
+    return torch.cat([before, table, after], dim=1)
+
+
+def batches(token_windows: Tensor) -> list[Tensor]:
+    """Windows [n, length] in batches of about a thousand tokens; the cut depends on nothing but the length."""
+    return list(token_windows.split(max(1, _BATCH_TOKENS // token_windows.shape[1])))
+
+
+def context_length(config: Any) -> int | None:
+    """The longest input that the model was made for, if its config says."""
+    text: Any = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def check_vocabulary(token_windows: Tensor, config: Any, names: Sequence[str] = ("tokenizer",)) -> None:
+    """Raises DataError where a token id lies outside the model's vocabulary."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is not None and int(token_windows.max()) >= size:
+        raise DataError(
+            f"{names[0]}: token id {int(token_windows.max())} is outside the model's vocabulary of {size}: "
+            "the tokenizer and the model do not belong together"
+        )

@@ -1,0 +1,1 @@
+"""The run: stream the blocks, collect statistics, solve, write, hand on."""

@@ -1,0 +1,165 @@
+"""Running calibration data through a block and accumulating what its sites saw."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.models.base import Site
+from pennyweight.models.intercept import Seen
+from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.solvers.base import Statistics
+from pennyweight.stats.second_moment import SecondMoment
+
+# Tokens whose activations are held at once: a constant, so that sums are cut alike on every machine.
+_ROUND_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """A site's statistics, the rows they were made of, and what had to be done about too few."""
+
+    stats: Statistics
+    rows: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Inputs:
+    """What one batch showed: for each site the leader whose input it shares, for each leader its rows."""
+
+    leaders: dict[str, str]
+    rows: dict[str, list[Tensor]]
+
+
+def collect(model: StreamedModel, block: nn.Module, index: int, stream: Stream) -> dict[str, SiteStatistics]:
+    """Statistics of every site of the opened block `index` on the windows of `stream`.
+
+    Sites called with the same input (same memory, shape and strides) share one Hessian. Batches run in parallel;
+    sums are made in the order of the batches.
+    """
+    sites = model.sites_of(index)
+    watched = model.watched(sites)
+    leaders: dict[str, str] = {}
+    moments: dict[str, SecondMoment] = {}
+    for batches in _rounds(stream):
+        inputs = {batch: _Inputs({}, {}) for batch in batches}
+
+        def seen(batch: int, inputs: dict[int, _Inputs] = inputs) -> Seen:
+            return _observer(inputs[batch])
+
+        model.run_block(block, index, stream, seen=seen, watched=watched, batches=batches)
+        for batch in batches:
+            leaders.update({name: leader for name, leader in inputs[batch].leaders.items() if name not in leaders})
+        _accumulate(moments, leaders, [inputs[batch] for batch in batches])
+    return _statistics(sites, leaders, moments)
+
+
+def _rounds(stream: Stream) -> list[list[int]]:
+    rounds: list[list[int]] = [[]]
+    tokens = 0
+    for batch, ids in enumerate(stream.input_ids):
+        if tokens and tokens + ids.numel() > _ROUND_TOKENS:
+            rounds.append([])
+            tokens = 0
+        rounds[-1].append(batch)
+        tokens += ids.numel()
+    return rounds
+
+
+def _observer(inputs: _Inputs) -> Seen:
+    leader_of: dict[tuple[object, ...], str] = {}
+
+    def seen(names: list[str], x: Tensor) -> None:
+        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
+        leader = leader_of.setdefault(key, names[0])
+        # The rows are held until the round ends, so no other input can take their memory and their key.
+        if leader == names[0]:
+            inputs.rows.setdefault(leader, []).append(x)
+        for name in names:
+            inputs.leaders.setdefault(name, leader)
+
+    return seen
+
+
+def _accumulate(moments: dict[str, SecondMoment], leaders: Mapping[str, str], inputs: Sequence[_Inputs]) -> None:
+    for leader in sorted(set(leaders.values())):
+        rows = [x for batch in inputs for x in batch.rows.get(leader, [])]
+        if not rows:
+            continue
+        x = torch.cat(rows) if len(rows) > 1 else rows[0]
+        if leader not in moments:
+            moments[leader] = SecondMoment.zero(x.shape[1], x.device)
+        moments[leader] = moments[leader].update_(x)
+        for batch in inputs:
+            batch.rows.pop(leader, None)
+
+
+def _statistics(
+    sites: Sequence[Site], leaders: Mapping[str, str], moments: dict[str, SecondMoment]
+) -> dict[str, SiteStatistics]:
+    shared: dict[str, Statistics] = {}
+    pooled = _pooled(sites, leaders, moments)
+    found: dict[str, SiteStatistics] = {}
+    for site in sites:
+        leader = leaders.get(site.name)
+        moment = moments.get(leader) if leader is not None else None
+        if site.kind == "expert":
+            key = f"expert {leader or _pool(site)}"
+            found[site.name] = _expert(site, moment, pooled.get(_pool(site)), shared, key)
+        elif moment is None or leader is None:
+            found[site.name] = SiteStatistics(Statistics(), 0, ("saw no calibration data: rounded to nearest",))
+        else:
+            if leader not in shared:
+                shared[leader] = Statistics(moment.hessian_())
+            found[site.name] = SiteStatistics(shared[leader], moment.rows)
+    return found
+
+
+def _pool(site: Site) -> str:
+    """The same for all experts of a layer's projection: their names without the expert's number."""
+    return re.sub(r"experts\.\d+", "experts.*", site.name) if site.index is None else site.tensor
+
+
+def _pooled(
+    sites: Sequence[Site], leaders: Mapping[str, str], moments: Mapping[str, SecondMoment]
+) -> dict[str, Tensor]:
+    pools: dict[str, SecondMoment] = {}
+    counted: set[str] = set()
+    for site in sites:
+        leader = leaders.get(site.name)
+        if site.kind != "expert" or leader not in moments or f"{_pool(site)} {leader}" in counted:
+            continue
+        counted.add(f"{_pool(site)} {leader}")
+        moment = moments[leader]
+        pool = pools.setdefault(_pool(site), SecondMoment.zero(site.shape[1], moment.total.device))
+        pools[_pool(site)] = pool.merge_(moment)
+    return {name: pool.hessian_() for name, pool in pools.items()}
+
+
+def _expert(
+    site: Site, own: SecondMoment | None, pool: Tensor | None, shared: dict[str, Statistics], key: str
+) -> SiteStatistics:
+    """An expert's own Hessian when it saw at least as many rows as it has inputs; with fewer, r of n, the mean
+
+    (r/n) H_own + (1 - r/n) H_pool
+
+    with the Hessian pooled over the layer's experts; without any data in the layer, none.
+    """
+    rows = own.rows if own is not None else 0
+    inputs = site.shape[1]
+    if pool is None:
+        return SiteStatistics(Statistics(), 0, ("no expert of the layer saw calibration data: rounded to nearest",))
+    if own is not None and rows >= inputs:
+        if key not in shared:
+            shared[key] = Statistics(own.hessian_())
+        return SiteStatistics(shared[key], rows)
+    if key not in shared:
+        share = rows / inputs
+        shared[key] = Statistics(pool if own is None else own.hessian_().mul_(share).add_(pool, alpha=1 - share))
+    note = f"saw {rows} of the {inputs} rows that a Hessian needs: blended with the layer's pooled one"
+    return SiteStatistics(shared[key], rows, (note,))

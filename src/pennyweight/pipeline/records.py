@@ -1,0 +1,83 @@
+"""What a run reports, and the recipe that repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe:
+    """Where the calibration windows came from; `tokens_sha256` is the hash of their ids."""
+
+    source: str
+    samples: int
+    length: int
+    seed: int
+    tokens_sha256: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything needed to repeat a run; stored inside every output. `inputs` are the hashes of the model's files."""
+
+    scheme: str
+    solver: str
+    fit: str
+    runtime: str
+    container: str
+    device: str
+    trust_remote_code: bool
+    calibration: CalibrationRecipe | None
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """How one site fared.
+
+    error, error_nearest   tr(E H Eᵀ) / tr(W H Wᵀ) of the result, and of rounding to nearest with the same fit of
+                           scales; H is the identity without data. Over at most 256 evenly spaced rows.
+    rows                   calibration rows that the site's own Hessian was made of
+    """
+
+    name: str
+    scheme: str
+    error: float
+    error_nearest: float
+    rows: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """Told to the caller after each block."""
+
+    index: int
+    total: int
+    sites: list[SiteRecord]
+    resumed: bool
+
+
+Tell = Callable[[BlockDone], None]
+
+
+@dataclass
+class RunReport:
+    """What `quantize` returns and prints with --json. Sizes in bytes, times in seconds."""
+
+    out: str
+    size_bytes: int
+    budget_bytes: int | None
+    bpw: float
+    bpw_sites: float
+    sites: int
+    kept: dict[str, str]
+    changed: dict[str, str]
+    fallbacks: dict[str, list[str]]
+    seconds: float
+    peak_memory_bytes: int
+    verified: str
+    verification: dict[str, Any] = field(default_factory=dict)
+    resumed_blocks: int = 0

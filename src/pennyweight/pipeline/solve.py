@@ -1,0 +1,86 @@
+"""Solving the sites of a block, and measuring what each one lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pennyweight.core.errors import PennyweightError, WeightError
+from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.kernels.matmul import matmul_nt
+from pennyweight.models.base import Site
+from pennyweight.pipeline.collect import SiteStatistics
+from pennyweight.pipeline.records import SiteRecord
+from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme
+from pennyweight.schemes.fit import Fit
+from pennyweight.solvers.base import Solver, Statistics
+from pennyweight.solvers.nearest import Nearest, round_to_nearest
+
+_SAMPLED_ROWS = 256
+# Rows and columns per product: constants, so that sums are cut alike whatever the number of threads.
+_PRODUCT = 512
+
+
+@dataclass(frozen=True)
+class SolvedSite:
+    weight: QuantizedWeight
+    record: SiteRecord
+
+
+def check_finite(w: Tensor, name: str) -> None:
+    """Raises WeightError that names the tensor where it holds NaN or infinity."""
+    # The sum of finite numbers may overflow but a non-finite one never gives a finite sum: the cheap test first.
+    if not w.sum(dtype=torch.float64).isfinite() and not w.isfinite().all():
+        bad = int((~w.isfinite()).sum())
+        raise WeightError(
+            f"{name}: {bad} of {w.numel()} weights are NaN or infinite; a model with such weights is damaged: "
+            "download or train it again"
+        )
+
+
+def solve_site(site: Site, w: Tensor, scheme: Scheme, solver: Solver, fit: Fit, found: SiteStatistics) -> SolvedSite:
+    """The codes of `site` and its record; `w` float32 [out, in]. Errors carry the site's name."""
+    check_finite(w, site.tensor)
+    chosen: Solver = Nearest(fit) if solver.needs_hessian and found.stats.hessian is None else solver
+    try:
+        solution = chosen.solve(w, scheme, found.stats)
+    except PennyweightError as error:
+        raise type(error)(f"{site.name}: {error}") from error
+    error, nearest = _errors(w, solution.weight, found.stats)
+    record = SiteRecord(site.name, scheme.name, error, nearest, found.rows, found.notes + solution.notes)
+    return SolvedSite(solution.weight, record)
+
+
+def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics) -> tuple[float, float]:
+    """Relative errors of the result and of rounding to nearest with the same scales, on sampled rows."""
+    if w.numel() == 0:
+        return 0.0, 0.0
+    rows = torch.arange(0, w.shape[0], max(1, -(-w.shape[0] // _SAMPLED_ROWS)), device=w.device)
+    sample = w[rows]
+    result = _take(weight, rows)
+    nearest = round_to_nearest(sample, result.scheme, result.scales, result.zeros)
+    total = _energy(sample, stats.hessian)
+    if total == 0:
+        return 0.0, 0.0
+    return tuple(_energy(sample - q.dequantize(), stats.hessian) / total for q in (result, nearest))  # type: ignore[return-value]
+
+
+def _take(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    own = slice(None) if isinstance(weight.scheme.granularity, PerTensor) else rows
+    zeros = None if weight.zeros is None else weight.zeros[own]
+    return QuantizedWeight(weight.codes[rows], weight.scales[own], zeros, weight.scheme)
+
+
+def _energy(e: Tensor, hessian: Tensor | None) -> float:
+    """tr(E H Eᵀ), or |E|² without a Hessian; summed in float64 in a fixed order."""
+    if hessian is None:
+        [plain] = parallel_map(lambda x: float(x.double().square().sum()), [e])
+        return plain
+    whole = e.contiguous()
+
+    def part(columns: slice) -> float:
+        return float((matmul_nt(whole, hessian[columns]) * whole[:, columns]).double().sum())
+
+    return sum(parallel_map(part, chunks(hessian.shape[0], _PRODUCT)))

@@ -1,0 +1,1 @@
+"""Plans: which scheme each site gets."""

@@ -1,0 +1,18 @@
+"""The scheme chosen for each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pennyweight.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Plan:
+    """schemes: site name -> scheme. kept: name of a site that stays in float -> why. changed: site name -> why its
+    scheme is not the one asked for. Every site of the model is in `schemes` or in `kept`; scale types are resolved."""
+
+    schemes: Mapping[str, Scheme]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    changed: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,179 @@
+"""Fitting of scales and zero points to a weight, min-max or by search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.schemes.quantized import grouped
+from pennyweight.schemes.scheme import Scheme
+
+Fit = Literal["minmax", "search"]
+
+# Weights per chunk: a few float32 temporaries of this length stay in a core's second-level cache.
+_CHUNK = 1 << 16
+# Shrink factors of the range that the search tries, widest first. Low widths gain from clipping far more.
+_GRIDS = {bits: tuple(1.0 - step * i for i in range(count)) for bits, step, count in (
+    (2, 0.05, 14), (3, 0.04, 14), (4, 0.03, 13), (5, 0.025, 10), (6, 0.02, 8), (7, 0.01, 8), (8, 0.005, 8),
+)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Scales already rounded to their stored type, as float32, and zeros; both [rows, groups, 1]."""
+
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def fit_scales(
+    w: Tensor, scheme: Scheme, *, importance: Tensor | None = None, fit: Fit = "search"
+) -> tuple[Tensor, Tensor | None]:
+    """Scales [rows, groups] in their stored type, and int16 zero points or None, for `w` float32 [out, in].
+
+    "minmax" takes the smallest scale whose range holds every weight of the group. "search" minimises
+
+        sum_i importance_i * (w_i - scale * (value_i - zero))**2
+
+    over a grid of shrunken ranges, symmetric ones with the sign that gives the longer side of the range to the
+    larger extreme, followed by least-squares steps for the scale, s = sum(h w q) / sum(h q q), kept where better.
+    `importance` [in] is the Hessian's diagonal; ones without data. Scales are rounded to the stored type before
+    any error is computed. A group of equal weights c gets scale c or -c and decodes to c as exactly as the stored type holds it;
+    a group of zeros gets scale 1.
+    """
+    rows, groups = scheme.scale_shape(tuple(w.shape))
+    if 0 in w.shape:
+        empty = torch.ones(rows, groups, dtype=scheme.scale.torch_dtype, device=w.device)
+        return empty, torch.zeros(rows, groups, dtype=torch.int16, device=w.device) if scheme.zero else None
+    view = grouped(w.float(), scheme)
+    weights = None if importance is None else _per_weight(importance.float(), view, columns=w.shape[1])
+    per_chunk = max(1, _CHUNK // max(1, view.shape[1] * view.shape[2]))
+
+    def one(part: slice) -> _Candidate:
+        return _fit_chunk(view[part], scheme, weights=weights, fit=fit)
+
+    parts = parallel_map(one, chunks(view.shape[0], per_chunk))
+    scales = torch.cat([part.scales for part in parts])[..., 0].to(scheme.scale.torch_dtype)
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return scales, torch.cat(zeros)[..., 0].to(torch.int16) if zeros else None
+
+
+def _per_weight(importance: Tensor, view: Tensor, *, columns: int) -> Tensor:
+    """Importance [in] in the shape that broadcasts over `view` [rows, groups, size]; not all zero."""
+    total = importance.sum()
+    normal = importance / total * columns if total > 0 else torch.ones_like(importance)
+    # A column that calibration never lit still deserves a sensible scale.
+    normal = normal.clamp_min(1e-4)
+    return (normal.repeat(view.numel() // columns) if view.shape[0] == 1 else normal).reshape(-1, *view.shape[1:])
+
+
+def _fit_chunk(w: Tensor, scheme: Scheme, *, weights: Tensor | None, fit: Fit) -> _Candidate:
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    best = _minmax(low, high, scheme)
+    if fit == "search":
+        best = _search(w, best, low=low, high=high, scheme=scheme, weights=weights)
+    return _exact_where_constant(best, low=low, high=high, scheme=scheme)
+
+
+def _minmax(low: Tensor, high: Tensor, scheme: Scheme) -> _Candidate:
+    """The smallest scale that reaches both ends, and the zero point that places the range; 0 is always in the range."""
+    smallest, largest = scheme.element.smallest, scheme.element.largest
+    if scheme.zero is not None:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        return _with_zero(low, (high - low) / (largest - smallest), scheme)
+    reach = high / largest
+    if smallest < 0:
+        reach = torch.maximum(reach, low / smallest)
+    return _Candidate(_stored(reach, scheme), None)
+
+
+def _with_zero(low: Tensor, scale: Tensor, scheme: Scheme) -> _Candidate:
+    scales = _stored(scale, scheme)
+    smallest, largest = scheme.element.smallest, scheme.element.largest
+    return _Candidate(scales, (smallest - low / scales).round_().clamp_(smallest, largest))
+
+
+def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
+    """`scale` rounded to the stored type and back to float32: never zero, never infinite."""
+    kind = torch.finfo(scheme.scale.torch_dtype)
+    rounded = scale.clamp(-kind.max, kind.max).to(scheme.scale.torch_dtype).float()
+    # Too small for the stored type: the smallest number it holds keeps the division finite.
+    return torch.where(rounded == 0, kind.smallest_normal, rounded)
+
+
+def _search(
+    w: Tensor, first: _Candidate, *, low: Tensor, high: Tensor, scheme: Scheme, weights: Tensor | None
+) -> _Candidate:
+    buffer = torch.empty_like(w)
+    best, lowest = first, _error(w, first, scheme, weights, buffer)
+    for candidate in _candidates(low, high, scheme):
+        best, lowest = _better(best, lowest, candidate, _error(w, candidate, scheme, weights, buffer))
+    for _ in range(2):
+        candidate = _least_squares(w, best, scheme, weights)
+        best, lowest = _better(best, lowest, candidate, _error(w, candidate, scheme, weights, buffer))
+    return best
+
+
+def _candidates(low: Tensor, high: Tensor, scheme: Scheme) -> Iterator[_Candidate]:
+    smallest, largest = scheme.element.smallest, scheme.element.largest
+    if scheme.zero is not None:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        for factor in _GRIDS[scheme.element.bits]:
+            yield _with_zero(low * factor, (high - low) * (factor / (largest - smallest)), scheme)
+        return
+    # The side of the range with one more value faces the larger extreme, if need be by a negative scale.
+    extreme = torch.where(-low >= high, low, high)
+    full = extreme / smallest if smallest < 0 else extreme / largest
+    # Upwards too: at few bits the largest weight may sit best one value below the end of the range.
+    for factor in (1.15, *_GRIDS[scheme.element.bits]):
+        yield _Candidate(_stored(full * factor, scheme), None)
+
+
+def _quantized_values(w: Tensor, candidate: _Candidate, scheme: Scheme, out: Tensor) -> Tensor:
+    """value - zero for each weight, written to `out`."""
+    torch.div(w, candidate.scales, out=out)
+    if candidate.zeros is None:
+        return out.round_().clamp_(scheme.element.smallest, scheme.element.largest)
+    out.add_(candidate.zeros).round_().clamp_(scheme.element.smallest, scheme.element.largest)
+    return out.sub_(candidate.zeros)
+
+
+def _error(w: Tensor, candidate: _Candidate, scheme: Scheme, weights: Tensor | None, buffer: Tensor) -> Tensor:
+    error = _quantized_values(w, candidate, scheme, buffer).mul_(candidate.scales).sub_(w).square_()
+    if weights is not None:
+        error.mul_(weights)
+    return error.sum(-1, keepdim=True)
+
+
+def _least_squares(w: Tensor, candidate: _Candidate, scheme: Scheme, weights: Tensor | None) -> _Candidate:
+    """s = sum(h w q) / sum(h q q) with the codes of `candidate`, rounded to the stored type."""
+    q = _quantized_values(w, candidate, scheme, torch.empty_like(w))
+    hq = q if weights is None else q * weights
+    over = (hq * q).sum(-1, keepdim=True)
+    scale = torch.where(over > 0, (hq * w).sum(-1, keepdim=True) / over, candidate.scales)
+    return _Candidate(_stored(scale, scheme), candidate.zeros)
+
+
+def _better(best: _Candidate, lowest: Tensor, other: _Candidate, error: Tensor) -> tuple[_Candidate, Tensor]:
+    wins = error < lowest
+    zeros = torch.where(wins, other.zeros, best.zeros) if other.zeros is not None and best.zeros is not None else None
+    return _Candidate(torch.where(wins, other.scales, best.scales), zeros), torch.where(wins, error, lowest)
+
+
+def _exact_where_constant(best: _Candidate, *, low: Tensor, high: Tensor, scheme: Scheme) -> _Candidate:
+    """Groups of one value c: scale |c| with value +-1 (or -c where the format has no -1 and no zero); of zeros: scale 1."""
+    constant = low == high
+    signless = scheme.element.smallest >= 0 and scheme.zero is None
+    exact = _stored(low if signless else low.abs(), scheme)
+    exact = torch.where(low == 0, 1.0, exact)
+    zeros = best.zeros
+    if zeros is not None:
+        # Unsigned codes reach below zero only from a zero point of 1.
+        base = torch.where(low < 0, 1.0, 0.0) if scheme.element.smallest >= 0 else torch.zeros_like(low)
+        zeros = torch.where(constant, base, zeros)
+    return _Candidate(torch.where(constant, exact, best.scales), zeros)
