@@ -15,10 +15,20 @@ from typing import Any, get_args
 import pytest
 import torch
 import transformers
-from tests.containers import artefacts
-from tests.containers.artefacts import CONTAINER, LINEARS, LLAMA, Outcome, Source, outcome, quantize_nearest, save, write
 
 from pennyweight.models.base import Site, SiteKind
+from tests.containers import artefacts
+from tests.containers.artefacts import (
+    CONTAINER,
+    LINEARS,
+    LLAMA,
+    Outcome,
+    Source,
+    outcome,
+    quantize_nearest,
+    save,
+    write,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -176,6 +186,7 @@ def test_symmetric_experts_with_one_scheme_are_equal(
 BROKEN_EXPERTS: dict[str, tuple[Rules, str]] = {
     "asymmetric": ("int4-g32-asym", "without zero points"),
     "other bits in another layer": ({r"layers\.0.*\.experts": "int3-g32", "": "int4-g32"}, "one scheme"),
+    "other groups in another layer": ({r"layers\.0.*\.experts": "int4-g16", "": "int4-g32"}, "one scheme"),
     "other bits in one projection": ({r"\.experts.*(down_proj|w2)": "int8-g32", "": "int4-g32"}, "one scheme"),
     "one expert in float": ({r"layers\.0.*\.experts\.2": None, "": "int4-g32"}, "stays in float"),
     "one layer in float": ({r"layers\.0.*\.experts": None, "": "int4-g32"}, "stays in float"),
@@ -238,10 +249,10 @@ def test_packed_slices_of_experts_stored_as_one_tensor_are_refused_and_still_fai
 
 
 @pytest.mark.parametrize("model", ["opt", "neox", "bert"])
-@pytest.mark.parametrize("rules", ["int4-g32", "int3-g16-asym", {r"\.0\..*(query|fc1|q_proj)": "int8-channel", "": "int4-g32"}])
-def test_other_architectures_are_equal(
-    model: str, rules: Rules, build: Callable[..., Source], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "rules", ["int4-g32", "int3-g16-asym", {r"\.0\..*(query|fc1|q_proj)": "int8-channel", "": "int4-g32"}]
+)
+def test_other_architectures_are_equal(model: str, rules: Rules, build: Callable[..., Source], tmp_path: Path) -> None:
     check_equal(build(model), rules, tmp_path)
 
 

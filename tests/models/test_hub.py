@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +96,9 @@ def test_code_is_downloaded_only_when_trusted(downloads: list[Any]) -> None:
     assert "*.py" in downloads[0][1]["allow_patterns"]
 
 
-def http_error(kind: Callable[..., Exception]) -> Exception:
-    """An error of the Hub without the request that it would hold."""
-    return kind.__new__(kind, "404")  # type: ignore[attr-defined,no-any-return]
+def http_error(kind: type[Exception]) -> Exception:
+    """An error of the Hub without the response that it would hold."""
+    return kind.__new__(kind, "404")
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ HEADER_BYTES = 8 + len(json.dumps(SOUND))
 ALLOWED_GROWTH_KB = 256 * 1024
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, HEADER_BYTES - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_bytes_changed_in_the_header_never_give_more_than_an_error(changes: list[tuple[int, int]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -143,7 +143,7 @@ ENTRIES = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.text(max_size=5), ENTRIES | JSON, max_size=4), st.integers(0, 32))
 def test_any_json_gives_a_sound_reading_or_an_error(header: dict[str, Any], data: int) -> None:
     with tempfile.TemporaryDirectory() as directory:

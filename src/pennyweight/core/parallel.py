@@ -7,7 +7,7 @@ products and factorisations do not promise. The number of threads is the caller'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
@@ -20,7 +20,9 @@ Result = TypeVar("Result")
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="pennyweight", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(
+        threads, thread_name_prefix="pennyweight", initializer=torch.set_num_threads, initargs=(1,)
+    )
 
 
 @contextmanager
@@ -37,20 +39,30 @@ def one_thread_per_operation() -> Iterator[int]:
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """[function(item) for item in items], on as many threads as torch may use; each item's work is single-threaded.
 
-    Nested calls run inline. The first exception (in item order) is raised after all running items have ended.
+    Nested calls run inline, and nothing is recorded for gradients. The first exception (in item order) is raised after
+    all items have ended.
     """
     work = list(items)
-    with one_thread_per_operation() as threads:
+    with one_thread_per_operation() as threads, torch.no_grad():
         if threads == 1 or len(work) < 2:
             return [function(item) for item in work]
-        with torch.inference_mode(torch.is_inference_mode_enabled()):
-            return list(_pool(threads).map(_without_gradients(function), work))
+        call = _in_this_mode(function)
+        futures = [_pool(threads).submit(call, item) for item in work]
+        try:
+            wait(futures)
+        finally:
+            # Interrupted: what has not begun never will.
+            for future in futures:
+                future.cancel()
+        return [future.result() for future in futures]
 
 
-def _without_gradients(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
-    # Gradient mode is a setting of the thread: a pool thread must be told not to record.
+def _in_this_mode(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    # Gradient and inference mode are settings of the thread: a pool thread must be told those of its caller.
+    inference = torch.is_inference_mode_enabled()
+
     def call(item: Item) -> Result:
-        with torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad():
             return function(item)
 
     return call

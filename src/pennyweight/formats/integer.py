@@ -44,7 +44,7 @@ class Int:
 
     def encode(self, x: Tensor) -> Tensor:
         # Added before the cast: a negative float cast to an unsigned type is undefined.
-        return self.nearest(x.float()).sub_(self.smallest).to(torch.uint8)
+        return self.nearest(x).sub_(self.smallest).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         return codes.float().add_(self.smallest)

@@ -29,7 +29,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     """
     _check(codes, bits, dtype=torch.uint8)
     rows, cols = codes.shape
-    words = torch.empty(rows, packed_words(cols, bits), dtype=torch.int32)
+    words = torch.empty(rows, packed_words(cols, bits), dtype=torch.int32, device=codes.device)
 
     def one(part: slice) -> None:
         piece = codes[part]
@@ -51,7 +51,7 @@ def unpack_int32(words: Tensor, bits: int, cols: int) -> Tensor:
         raise ShapeError(
             f"{length} words a row do not hold {cols} codes of {bits} bits: give {packed_words(cols, bits)} words a row"
         )
-    codes = torch.empty(rows, cols, dtype=torch.uint8)
+    codes = torch.empty(rows, cols, dtype=torch.uint8, device=words.device)
 
     def one(part: slice) -> None:
         piece = words[part]

@@ -91,7 +91,9 @@ def _add_experts(found: Sites, path: str, module: nn.Module, block: int, weights
             found.sites.append(site)
             found.places[site.name] = place
         if _kind_of_merge(source) is None:
-            found.refused[f"{path}.{name}"] = f"its experts are made from {source.keys[0]} in a way that is not known here"
+            found.refused[f"{path}.{name}"] = (
+                f"its experts are made from {source.keys[0]} in a way that is not known here"
+            )
 
 
 def _kind_of_merge(source: Source) -> str | None:

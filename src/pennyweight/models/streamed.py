@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class StreamedModel:
         self.refused: dict[str, str] = found.refused
         self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self._outside: dict[int, Tensor] = {}
+        self._loading = threading.Lock()
         self._returns_tuple = False
         if self.device.type != "cpu":
             _move_buffers(self.module, self.device)
@@ -87,7 +89,9 @@ class StreamedModel:
             for ids in stream.input_ids:
                 recorded, hidden = self._record(ids)
                 stream.hidden.append(hidden)
-                stream.arguments.append([(_shared(args, canonical), _shared(kwargs, canonical)) for args, kwargs in recorded])
+                stream.arguments.append(
+                    [(_shared(args, canonical), _shared(kwargs, canonical)) for args, kwargs in recorded]
+                )
         self._outside.clear()
         return stream
 
@@ -104,17 +108,24 @@ class StreamedModel:
 
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
 
-    def finish(self, stream: Stream, batch: int) -> Tensor:
-        """Run the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens, vocabulary] of a decoder, the
-        last hidden state of an encoder."""
-        final = stream.hidden[batch]
+    @contextmanager
+    def finishing(self, stream: Stream) -> Iterator[Callable[[int], Tensor]]:
+        """A function that runs the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens, vocabulary]
+        of a decoder, the last hidden state of an encoder. It may be called from several threads."""
+        own = threading.local()
 
-        def skip(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return self._wrap(final)
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            return self._wrap(own.final)
 
-        with torch.no_grad(), self._patched([skip] * len(self.blocks)), Intercept(load=self._load):
-            out = self.module(**call_arguments(self.module, stream.input_ids[batch]))
-        return out.logits if self.is_decoder else out.last_hidden_state  # type: ignore[no-any-return]
+        def finish(batch: int) -> Tensor:
+            own.final = stream.hidden[batch]
+            with torch.no_grad(), Intercept(load=self._load):
+                out = self.module(**call_arguments(self.module, stream.input_ids[batch]))
+            return out.logits if self.is_decoder else out.last_hidden_state  # type: ignore[no-any-return]
+
+        with self._patched([skip] * len(self.blocks)):
+            yield finish
+        self.release()
 
     def _probe(self, first: nn.Module, ids: Tensor) -> bool:
         """Whether blocks return tuples: seen by running the first one on a few tokens."""
@@ -171,9 +182,10 @@ class StreamedModel:
     def _load(self, parameter: nn.Parameter) -> Tensor:
         """A parameter outside the blocks, read on its first use and kept until the pass is over."""
         key = id(parameter)
-        if key not in self._outside:
-            self._outside[key] = self.weights.read(self._names[key]).to(self.device)
-        return self._outside[key]
+        with self._loading:
+            if key not in self._outside:
+                self._outside[key] = self.weights.read(self._names[key]).to(self.device)
+            return self._outside[key]
 
     def release(self) -> None:
         """Let go of what was read outside the blocks (embeddings, head)."""

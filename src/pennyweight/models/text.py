@@ -50,7 +50,11 @@ def documents(source: str, tokenizer: Any) -> list[str]:
     path = Path(source)
     if not path.exists():
         raise DataError(f"{source} does not exist: give a text file, a .jsonl file, a directory of them, or 'none'")
-    parts = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".json", ".md")) if path.is_dir() else [path]
+    parts = (
+        sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".json", ".md"))
+        if path.is_dir()
+        else [path]
+    )
     found = [document for part in parts for document in _file_documents(part, tokenizer) if document.strip()]
     if not found:
         raise DataError(f"{source} holds no text: give a text file, or a .jsonl with `text` or `messages` in each line")
@@ -72,12 +76,16 @@ def _record(path: Path, number: int, line: str, tokenizer: Any) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}): one object a line is expected") from error
+        raise DataError(
+            f"{path}, line {number}: not valid JSON ({error.msg}): one object a line is expected"
+        ) from error
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return str(record["text"])
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         if not getattr(tokenizer, "chat_template", None):
-            raise DataError(f"{path}, line {number}: `messages` need a chat template and this tokenizer has none: give `text`")
+            raise DataError(
+                f"{path}, line {number}: `messages` need a chat template and this tokenizer has none: give `text`"
+            )
         return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
     raise DataError(f"{path}, line {number}: an object with a `text` string or a `messages` list is expected")
 
@@ -92,7 +100,9 @@ def special_tokens(tokenizer: Any) -> Prefixes:
     return Prefixes([], [])
 
 
-def windows(texts: Iterable[str], tokenizer: Any, *, length: int, count: int | None = None, seed: int | None = None) -> Tensor:
+def windows(
+    texts: Iterable[str], tokenizer: Any, *, length: int, count: int | None = None, seed: int | None = None
+) -> Tensor:
     """Token ids int64 [windows, length] cut from `texts` one after the other, each window with its special tokens.
 
     `count` windows are drawn without replacement in the order of the text (`seed`), all when None. Raises DataError where

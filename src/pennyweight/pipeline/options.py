@@ -14,7 +14,8 @@ class Options:
     solver        name of a solver
     fit           how scales are fitted: "search" or "minmax"
     runtime       what will read the result
-    calibration   text file, .jsonl, directory, "built-in", or "none"; None: built-in where the solver needs data
+    calibration   text file, .jsonl, directory, "built-in", "none", or texts;
+                  None: built-in where the solver needs data
     samples       windows at most
     length        tokens a window; the model's own limit where that is less
     seed          which windows are drawn
@@ -25,14 +26,14 @@ class Options:
     solver: str = "gptq"
     fit: Fit = "search"
     runtime: str = "transformers"
-    calibration: str | None = None
+    calibration: str | tuple[str, ...] | None = None
     samples: int = 128
     length: int = 512
     seed: int = 0
     device: str = "cpu"
     trust_remote_code: bool = False
 
-    def calibration_source(self, *, needs_hessian: bool) -> str | None:
+    def calibration_source(self, *, needs_hessian: bool) -> str | tuple[str, ...] | None:
         """The source of calibration text, or None for a data-free run."""
         if self.calibration is None:
             return BUILT_IN if needs_hessian else None

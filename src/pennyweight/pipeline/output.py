@@ -21,7 +21,18 @@ from pennyweight.schemes import QuantizedWeight
 # Bytes of a kept tensor that are in memory at a time.
 _COPY_BYTES = 1 << 24
 # What travels with the weights: tokenizer, chat template, generation settings, licence, and a model's own code.
-_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.py")
+_CARRIED = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "*.py",
+)
 _NOT_CARRIED = {"config.json", "model.safetensors.index.json", "pennyweight.json", "run.json", "README.md"}
 
 

@@ -33,7 +33,7 @@ from pennyweight.pipeline.records import CalibrationRecipe, Recipe, RunReport, S
 from pennyweight.plan.plan import Plan
 from pennyweight.plan.uniform import uniform_plan
 from pennyweight.schemes import parse_scheme
-from pennyweight.version import versions
+from pennyweight.core.version import versions
 
 Verify = Callable[[Path], dict[str, Any]]
 # Room for pennyweight.json, config.json and the model card beside the weights and the carried files.
@@ -127,7 +127,9 @@ def _prepare(model: str, options: Options, container: Container) -> _Job:
         plan = _plan(streamed, facts, options, container)
         source = options.calibration_source(needs_hessian=solver.needs_hessian)
         if source is None and solver.needs_hessian:
-            raise UsageError(f"--solver {solver.name} needs calibration data: drop --calibration none, or use --solver nearest")
+            raise UsageError(
+                f"--solver {solver.name} needs calibration data: drop --calibration none, or use --solver nearest"
+            )
         windows = None if source is None else _windows(streamed, source, options)
         recipe = _recipe(streamed, options, container, source, windows, hashes)
     layout = WeightFiles.plan(weight_entries(container, plan, streamed.sites, streamed.checkpoint))
@@ -172,10 +174,10 @@ def _plan(model: StreamedModel, facts: ModelFacts, options: Options, container: 
     return plan
 
 
-def _windows(model: StreamedModel, source: str, options: Options) -> Tensor:
+def _windows(model: StreamedModel, source: str | tuple[str, ...], options: Options) -> Tensor:
     tokenizer = text.load_tokenizer(model.path, trust_remote_code=options.trust_remote_code)
     length = min(options.length, text.context_length(model.config) or options.length)
-    documents = text.documents(source, tokenizer)
+    documents = text.documents(source, tokenizer) if isinstance(source, str) else source
     windows = text.windows(documents, tokenizer, length=length, count=options.samples, seed=options.seed)
     text.check_vocabulary(windows, model.config, [str(model.path)])
     return windows
@@ -185,14 +187,16 @@ def _recipe(
     model: StreamedModel,
     options: Options,
     container: Container,
-    source: str | None,
+    source: str | tuple[str, ...] | None,
     windows: Tensor | None,
     hashes: Future[dict[str, str]],
 ) -> Recipe:
     calibration = None
     if windows is not None and source is not None:
         digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        calibration = CalibrationRecipe(source, windows.shape[0], windows.shape[1], options.seed, digest)
+        calibration = CalibrationRecipe(
+            source if isinstance(source, str) else "texts", windows.shape[0], windows.shape[1], options.seed, digest
+        )
     return Recipe(
         scheme=options.scheme,
         solver=options.solver,
@@ -292,7 +296,9 @@ def _complete(
     job: _Job, directory: Path, journal: Journal, records: Sequence[SiteRecord], verification: dict[str, Any]
 ) -> None:
     """Write pennyweight.json, the record that is the same for the same inputs, and close the journal."""
-    outputs = {file.name: file for file in sorted(directory.iterdir()) if file.name not in ("journal.jsonl", "run.json")}
+    outputs = {
+        file.name: file for file in sorted(directory.iterdir()) if file.name not in ("journal.jsonl", "run.json")
+    }
     record = {
         "recipe": job.recipe,
         "versions": versions(),
@@ -305,7 +311,9 @@ def _complete(
         "sites": list(records),
         "unused_tensors": job.model.weights.unused,
         "outputs": {name: sha256(file) for name, file in outputs.items()},
-        "verification": {key: value for key, value in verification.items() if key not in ("seconds", "peak_memory_bytes")},
+        "verification": {
+            key: value for key, value in verification.items() if key not in ("seconds", "peak_memory_bytes")
+        },
     }
     write_text(directory / "pennyweight.json", to_json(record))
     journal.discard()
@@ -313,4 +321,3 @@ def _complete(
 
 def _size(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir())
-

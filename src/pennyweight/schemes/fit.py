@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pennyweight.core.errors import ShapeError
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.schemes.quantized import grouped
 from pennyweight.schemes.scheme import Scheme
@@ -51,7 +52,7 @@ def fit_scales(
         empty = torch.ones(rows, groups, dtype=scheme.scale.torch_dtype, device=w.device)
         return empty, torch.zeros(rows, groups, dtype=torch.int16, device=w.device) if scheme.zero else None
     view = grouped(w.float(), scheme)
-    weights = None if importance is None else _per_weight(importance.float(), view, columns=w.shape[1])
+    weights = None if importance is None else _per_weight(importance, w.shape[1], view)
     per_chunk = max(1, _CHUNK // max(1, view.shape[1] * view.shape[2]))
 
     def one(part: slice) -> _Candidate:
@@ -63,13 +64,18 @@ def fit_scales(
     return scales, torch.cat(zeros)[..., 0].to(torch.int16) if zeros else None
 
 
-def _per_weight(importance: Tensor, view: Tensor, *, columns: int) -> Tensor:
-    """Importance [in] in the shape that broadcasts over `view` [rows, groups, size]; not all zero."""
-    total = importance.sum()
-    normal = importance / total * columns if total > 0 else torch.ones_like(importance)
-    # A column that calibration never lit still deserves a sensible scale.
-    normal = normal.clamp_min(1e-4)
-    return (normal.repeat(view.numel() // columns) if view.shape[0] == 1 else normal).reshape(-1, *view.shape[1:])
+def _per_weight(importance: Tensor, columns: int, view: Tensor) -> Tensor:
+    """Importance [in] in the shape that broadcasts over `view` [rows, groups, size]; its mean over each group is 1."""
+    if tuple(importance.shape) != (columns,):
+        raise ShapeError(
+            f"importance of shape {tuple(importance.shape)} for {columns} columns: give one number for each"
+        )
+    shared = importance.float().repeat(view.numel() // columns) if view.shape[0] == 1 else importance.float()
+    shared = shared.reshape(1, *view.shape[1:])
+    mean = shared.mean(-1, keepdim=True)
+    # Each group by itself: beside one column of huge importance all others would count alike. A column that
+    # calibration never lit still deserves a sensible scale.
+    return torch.where(mean > 0, shared / mean, 1.0).clamp_min(1e-4)
 
 
 def _fit_chunk(w: Tensor, scheme: Scheme, *, weights: Tensor | None, fit: Fit) -> _Candidate:
@@ -86,10 +92,10 @@ def _minmax(low: Tensor, high: Tensor, scheme: Scheme) -> _Candidate:
     if scheme.zero is not None:
         low, high = low.clamp_max(0), high.clamp_min(0)
         return _with_zero(low, (high - low) / (largest - smallest), scheme)
-    reach = high / largest
     if smallest < 0:
-        reach = torch.maximum(reach, low / smallest)
-    return _Candidate(_stored(reach, scheme), None)
+        return _Candidate(_stored(torch.maximum(high / largest, low / smallest), scheme), None)
+    # Without values below zero only one sign can be held: that of the larger extreme.
+    return _Candidate(_stored(torch.where(-low > high, low, high) / largest, scheme), None)
 
 
 def _with_zero(low: Tensor, scale: Tensor, scheme: Scheme) -> _Candidate:
@@ -98,11 +104,15 @@ def _with_zero(low: Tensor, scale: Tensor, scheme: Scheme) -> _Candidate:
     return _Candidate(scales, (smallest - low / scales).round_().clamp_(smallest, largest))
 
 
-def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
-    """`scale` rounded to the stored type and back to float32: never zero, never infinite."""
+def _stored(scale: Tensor, scheme: Scheme, *, reach: float | None = None) -> Tensor:
+    """`scale` rounded to the stored type and back to float32: never zero, and `reach` times it is finite in that type.
+
+    `reach` is by default the largest |value - zero| of the scheme.
+    """
     kind = torch.finfo(scheme.scale.torch_dtype)
-    rounded = scale.clamp(-kind.max, kind.max).to(scheme.scale.torch_dtype).float()
-    # Too small for the stored type: the smallest number it holds keeps the division finite.
+    limit = kind.max / (2.0**scheme.element.bits if reach is None else reach)
+    rounded = scale.clamp(-limit, limit).to(scheme.scale.torch_dtype).float()
+    # Too small for the stored type: the smallest normal number it holds keeps the division finite.
     return torch.where(rounded == 0, kind.smallest_normal, rounded)
 
 
@@ -167,9 +177,10 @@ def _better(best: _Candidate, lowest: Tensor, other: _Candidate, error: Tensor) 
 
 def _exact_where_constant(best: _Candidate, *, low: Tensor, high: Tensor, scheme: Scheme) -> _Candidate:
     """Groups of one value c: scale |c| with value +-1 (or -c where the format has no -1 and no zero); of zeros: scale 1."""
-    constant = low == high
+    # A constant beyond the stored type has no such scale: it keeps the range that reaches furthest.
+    constant = (low == high) & (low.abs() <= torch.finfo(scheme.scale.torch_dtype).max)
     signless = scheme.element.smallest >= 0 and scheme.zero is None
-    exact = _stored(low if signless else low.abs(), scheme)
+    exact = _stored(low if signless else low.abs(), scheme, reach=1.0)
     exact = torch.where(low == 0, 1.0, exact)
     zeros = best.zeros
     if zeros is not None:

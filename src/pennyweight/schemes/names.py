@@ -6,9 +6,20 @@ import re
 
 from pennyweight.core.errors import UsageError
 from pennyweight.formats import number_format
-from pennyweight.schemes.scheme import Granularity, PerChannel, PerGroup, PerTensor, ScaleDtype, ScaleSpec, Scheme, ZeroSpec
+from pennyweight.schemes.scheme import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    ScaleDtype,
+    ScaleSpec,
+    Scheme,
+    ZeroSpec,
+)
 
-_NAME = re.compile(r"(?P<element>[a-z0-9_]+)-(?P<shared>tensor|channel|g[1-9][0-9]{0,8})(?P<asym>-asym)?(?:-(?P<scale>f16|bf16|f32))?")
+_NAME = re.compile(
+    r"(?P<element>[a-z0-9_]+)-(?P<shared>tensor|channel|g[1-9][0-9]{0,8})(?P<asym>-asym)?(?:-(?P<scale>f16|bf16|f32))?"
+)
 _SCALES: dict[str | None, ScaleDtype] = {None: "model", "f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 

@@ -51,7 +51,9 @@ class Gptq:
         """Raises ShapeError where `stats` has no Hessian [in, in]."""
         if stats.hessian is None or tuple(stats.hessian.shape) != (w.shape[1], w.shape[1]):
             given = None if stats.hessian is None else tuple(stats.hessian.shape)
-            raise ShapeError(f"gptq needs a Hessian of shape {(w.shape[1],) * 2}, not {given}: calibrate, or use nearest")
+            raise ShapeError(
+                f"gptq needs a Hessian of shape {(w.shape[1],) * 2}, not {given}: calibrate, or use nearest"
+            )
         w = w.float()
         scales, zeros = fit_scales(w, scheme, importance=stats.importance, fit=self.fit)
         if 0 in w.shape:

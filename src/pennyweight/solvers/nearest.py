@@ -34,14 +34,14 @@ class Nearest:
 
 
 def round_to_nearest(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None) -> QuantizedWeight:
-    """Codes of `w` float [out, in] for given scales and zeros: round(w / scale) + zero, ties to even, saturating."""
+    """Codes of `w` float [out, in] for given scales and zeros: round(w / scale + zero), ties to even, saturating."""
     if w.numel() == 0:
         return QuantizedWeight(torch.zeros(w.shape, dtype=torch.uint8), scales, zeros, scheme)
     view = grouped(w, scheme)
 
     def one(part: slice) -> Tensor:
         values = view[part].float() / scales[part, :, None].float()
-        return scheme.element.encode(values if zeros is None else values.round_().add_(zeros[part, :, None]))
+        return scheme.element.encode(values if zeros is None else values.add_(zeros[part, :, None]))
 
     parts = parallel_map(one, chunks(view.shape[0], max(1, _CHUNK // (view.shape[1] * view.shape[2]))))
     return QuantizedWeight(torch.cat(parts).reshape(w.shape), scales, zeros, scheme)

@@ -60,7 +60,7 @@ def layer(
 def test_it_decodes_as_the_library_itself_does(
     bits: int, symmetric: bool, strategy: str, size: int | None, tmp_path: Path
 ) -> None:
-    changes = {"num_bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": size}
+    changes: dict[str, Any] = {"num_bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": size}
     tensors, expected = layer(**changes)
     checkpoint = opened(tmp_path, tensors | {"l.bias": torch.ones(40)}, group(**changes))
     assert same_bits(checkpoint.read("l.weight"), expected)
@@ -148,6 +148,7 @@ def test_the_older_key_of_the_config_is_read(tmp_path: Path) -> None:
 
 
 SOUND = layer()[0]
+ZEROS_OF_TWO_GROUPS = {"l.weight_zero_point": torch.zeros(5, 2, dtype=torch.int32)}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ SOUND = layer()[0]
         (SOUND | {"l.weight_shape": torch.tensor([40])}, [group()], {}, "'l.weight_shape' is int64"),
         (SOUND | {"l.weight_packed": SOUND["l.weight_packed"].float()}, [group()], {}, "fits none"),
         (SOUND | {"l.weight_scale": SOUND["l.weight_scale"].double()}, [group()], {}, "'l.weight_scale' is float64"),
-        (SOUND | {"l.weight_zero_point": torch.zeros(5, 2, dtype=torch.int32)}, [group(symmetric=False)], {}, "zero_point' is int32"),
+        (SOUND | ZEROS_OF_TWO_GROUPS, [group(symmetric=False)], {}, "zero_point' is int32"),
         (SOUND | {"l.weight_zero_point": torch.zeros(5, 2)}, [group(symmetric=False)], {}, "zero_point' is float32"),
         ({k: v for k, v in SOUND.items() if k != "l.weight_scale"}, [group()], {}, "without 'l.weight_scale'"),
     ],

@@ -65,9 +65,11 @@ def test_the_config_of_the_language_part_counts(tmp_path: Path) -> None:
     assert (checkpoint.path, checkpoint.weight_files) == (plain.path, plain.weight_files)
 
 
-def test_what_was_replaced_cannot_be_asked_for_in_the_index(tmp_path: Path) -> None:
+def test_what_was_replaced_can_no_longer_be_read(tmp_path: Path) -> None:
     checkpoint = decoded(stored(tmp_path, FP8), {"quantization_config": {"quant_method": "fp8"}})
     assert set(checkpoint.tensors) == {"l.weight"}
+    with pytest.raises(CheckpointError, match="'l.weight_scale_inv' is part of a quantized weight"):
+        checkpoint.read("l.weight_scale_inv")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

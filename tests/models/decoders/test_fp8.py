@@ -36,7 +36,7 @@ def test_block_scales_decode_as_transformers_does(
     w, s = all_codes(384, 256, dtype=codes), torch.rand(3, 2).to(scale_dtype)
     checkpoint = opened(tmp_path, {"l.weight": w, "l.weight_scale_inv": s, "norm": torch.ones(3)}, dtype=dtype)
     out = getattr(torch, dtype)
-    expected = Fp8Dequantize(None)._dequantize_one(w, s, output_dtype=out)
+    expected = Fp8Dequantize(None)._dequantize_one(w, s, output_dtype=out)  # type: ignore[no-untyped-call]
     assert same_bits(checkpoint.read("l.weight"), expected)
     assert checkpoint.tensors == {"l.weight": TensorInfo(out, (384, 256)), "norm": TensorInfo(torch.float32, (3,))}
     assert checkpoint.decoded_from == "fp8 weights with 128x128 block scales"

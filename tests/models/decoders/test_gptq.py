@@ -20,7 +20,7 @@ def opened(directory: Path, tensors: dict[str, Tensor], dtype: str | None = None
 
 
 def packed_columns(codes: Tensor, bits: int) -> Tensor:
-    """codes [n, columns] -> int32 [n * bits / 32, columns], each column one long string of bits: Python's own integers."""
+    """codes [n, columns] -> int32 [n * bits / 32, columns]: each column is one long integer of Python's own."""
     words = -(-codes.shape[0] * bits // 32)
     out = np.zeros((words, codes.shape[1]), dtype=np.uint32)
     for column in range(codes.shape[1]):
@@ -95,7 +95,7 @@ def test_layers_may_have_their_own_width_where_the_config_says_so(tmp_path: Path
         ({}, {"checkpoint_format": "marlin"}, "format 'marlin'; known are gptq, gptq_v2"),
         ({}, {"bits": 8}, "holds 4 bits for each of 32 outputs, the config says 8"),
         ({"l.scales": None}, {}, "'l.weight' cannot be decoded without 'l.scales'"),
-        ({"l.qzeros": torch.zeros(3, 4, dtype=torch.int32)}, {}, r"'l.qzeros' is int32 \[3, 4\], expected int32 \[4, 4\]"),
+        ({"l.qzeros": torch.zeros(3, 4, dtype=torch.int32)}, {}, r"'l.qzeros' is int32 \[3, 4\], .* int32 \[4, 4\]"),
         ({"l.qzeros": torch.zeros((), dtype=torch.int32)}, {}, "holds 0 bits"),
         ({"l.qweight": torch.zeros(8, 31, dtype=torch.int32)}, {}, "'l.qweight' is int32"),
         ({"l.qweight": torch.zeros(8, 32)}, {}, "'l.qweight' is float32"),

@@ -61,7 +61,7 @@ def component(checkpoint: Checkpoint, name: str, *, of: str) -> TensorInfo:
     return checkpoint.tensors[name]
 
 
-def expect(checkpoint: Checkpoint, name: str, *, dtypes: Iterable[torch.dtype], shape: tuple[int, ...]) -> None:
+def expect(checkpoint: Checkpoint, name: str, *, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
     """Raise CheckpointError unless the stored tensor `name` has one of `dtypes` and `shape`."""
     info = checkpoint.tensors[name]
     if info.dtype not in dtypes or info.shape != shape:

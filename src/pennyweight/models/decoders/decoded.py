@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pennyweight.core.errors import CheckpointError
 from pennyweight.models.base import Checkpoint, TensorInfo
 from pennyweight.models.decoders.base import Decoding
 
@@ -40,4 +41,8 @@ class DecodedCheckpoint:
     def read(self, name: str, part: slice | None = None) -> Tensor:
         if name in self.decoding.tensors:
             return self.decoding.tensors[name].read(part)
+        if name in self.decoding.consumed:
+            raise CheckpointError(
+                f"{self.path}: {name!r} is part of a quantized weight: read the decoded weight instead"
+            )
         return self.stored.read(name, part)

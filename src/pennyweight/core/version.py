@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+import pennyweight
+
 _PARTS = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
 @cache
 def versions() -> dict[str, str]:
     """Name -> installed version, "absent" where there is none."""
-    return {"pennyweight": _of("pennyweight")} | {name: _of(name) for name in _PARTS}
+    return {"pennyweight": pennyweight.__version__} | {name: _of(name) for name in _PARTS}
 
 
 def _of(name: str) -> str:

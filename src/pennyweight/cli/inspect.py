@@ -1,0 +1,70 @@
+"""`pennyweight inspect`: what is in a model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from pennyweight.cli.console import Bar, mebibytes, put_json, table
+
+if TYPE_CHECKING:
+    from pennyweight.evaluate.inventory import Inventory, SiteFacts
+
+
+def inspect(
+    model: str | None = typer.Argument(None, help="Model directory or Hub id."),
+    cpu: bool = typer.Option(False, "--cpu", help="Print what this machine's processor offers, and nothing else."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Sites, shapes, sizes, ranges and outliers of a model's weights."""
+    from pennyweight.core.errors import UsageError
+    from pennyweight.evaluate.inventory import inventory
+
+    if cpu:
+        _print_cpu(as_json=as_json)
+        return
+    if model is None:
+        raise UsageError("name a model: pennyweight inspect MODEL")
+    found = inventory(model, trust_remote_code=trust_remote_code, tell=Bar("weights").show)
+    put_json(asdict(found)) if as_json else _print(found)
+
+
+def _print_cpu(*, as_json: bool) -> None:
+    from pennyweight.kernels.native import native
+
+    module = native()
+    sets = list(module.instruction_sets()) if module is not None else []
+    kernels = "native" if module is not None else "torch (the native part is not installed)"
+    if as_json:
+        put_json({"kernels": kernels, "instruction_sets": sets})
+    else:
+        print(f"kernels: {kernels}\ninstruction sets: {', '.join(sets) or 'unknown'}")
+
+
+def _print(found: Inventory) -> None:
+    print(
+        f"{found.path}: {found.model_class}, {found.blocks} blocks, {found.weights:,} weights, {mebibytes(found.size_bytes)}"
+    )
+    if found.decoded_from:
+        print(f"  already quantized, decoded on reading: {found.decoded_from}")
+    kinds: dict[str, list[SiteFacts]] = {}
+    for site in found.sites:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name), []).append(site)
+    rows = [_row(name, sites) for name, sites in kinds.items()]
+    table(["sites", "count", "out x in", "weights", "std", "largest", "largest/std"], rows)
+    print(f"outside the sites, kept in float: {found.other_weights:,} weights (embeddings, norms, head)")
+    for name, reason in found.refused.items():
+        print(f"  not a site: {name}: {reason}")
+
+
+def _row(name: str, sites: list[SiteFacts]) -> list[str]:
+    shapes = sorted({f"{site.shape[0]} x {site.shape[1]}" for site in sites})
+    weights = sum(site.shape[0] * site.shape[1] for site in sites)
+    std = sum(site.std for site in sites) / len(sites)
+    largest = max(site.largest for site in sites)
+    outlier = max(site.largest / site.std if site.std else 0.0 for site in sites)
+    return [name, str(len(sites)), ", ".join(shapes), f"{weights:,}", f"{std:.3g}", f"{largest:.3g}", f"{outlier:.1f}"]

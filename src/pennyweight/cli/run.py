@@ -1,0 +1,35 @@
+"""`pennyweight run`: text from a model."""
+
+from __future__ import annotations
+
+import typer
+
+from pennyweight.cli.console import put_json
+
+
+def run(
+    artefact: str = typer.Argument(help="Model directory."),
+    prompt: str = typer.Option(..., help="Text to continue."),
+    max_tokens: int = typer.Option(100, min=1, help="New tokens at most."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 takes the most likely token each time."),
+    seed: int = typer.Option(0, help="Of the sampling."),
+    device: str = typer.Option("auto", help="auto, cpu or cuda."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Continue a prompt with the model as transformers runs it; the text is streamed."""
+    from pennyweight.cli.console import device_of
+    from pennyweight.evaluate.generate import generate
+
+    text, tokens, seconds = generate(
+        artefact,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device_of(device),
+        trust_remote_code=trust_remote_code,
+        is_streamed=not as_json,
+    )
+    if as_json:
+        put_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds})

@@ -1,0 +1,212 @@
+"""A model against the original, block by block, window by window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pennyweight.core.errors import DataError, ModelError
+from pennyweight.core.parallel import parallel_map
+from pennyweight.models import text
+from pennyweight.models.hub import resolve
+from pennyweight.models.streamed import Stream, StreamedModel
+
+# Rows of logits that are compared at once: bounds the memory of the float32 copies.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """Sums of one window. Of a decoder: nats of the text under both models, KL(original || this) and agreements over its
+    `tokens` predicted tokens. Of an encoder: `cosine`, the mean over tokens of the cosine of the two hidden states."""
+
+    tokens: int
+    nats: float = 0.0
+    reference_nats: float = 0.0
+    kl: float = 0.0
+    agreements: int = 0
+    cosine: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was lost, on which text. All against the original, over the same tokens; standard errors are over windows.
+
+    perplexity, reference_perplexity   exp of the mean nats a token, windows of `context` tokens, stride = context
+    kl_mean, kl_stderr                 mean over tokens of KL(original || this) in nats, float32, whole vocabulary
+    top1_agreement                     share of tokens whose most likely token is the same in both
+    cosine_mean, cosine_stderr         of an encoder: cosine of mean-pooled embeddings
+    bpw                                8 x bytes of all weight tensors / weights of the original
+    """
+
+    perplexity: float | None
+    reference_perplexity: float | None
+    kl_mean: float | None
+    kl_stderr: float | None
+    top1_agreement: float | None
+    cosine_mean: float | None
+    cosine_stderr: float | None
+    tokens: int
+    windows: int
+    context: int
+    stride: int
+    size_bytes: int
+    reference_size_bytes: int
+    bpw: float
+    reference_bpw: float
+
+
+def evaluate(
+    artefact: str,
+    *,
+    against: str,
+    source: str,
+    length: int = 512,
+    samples: int | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Compare the model in `artefact` with the original `against` on the text `source`, in windows of `length` tokens.
+
+    Both are run block by block in float32, so neither has to fit in memory. `tell(done, total)` follows the blocks.
+    Raises ModelError where the two do not belong together.
+    """
+    candidate, reference = (
+        StreamedModel(resolve(model), trust_remote_code=trust_remote_code, device=device)
+        for model in (artefact, against)
+    )
+    windows = evaluation_windows(reference, source, length=length, samples=samples, trust_remote_code=trust_remote_code)
+    scores = compare(candidate, reference, windows, tell=tell)
+    return _summary(scores, candidate, reference, windows)
+
+
+def evaluation_windows(
+    model: StreamedModel, source: str, *, length: int, samples: int | None, trust_remote_code: bool = False
+) -> Tensor:
+    """Windows of the text, int64 [windows, length]; the first `samples` of them, all when None."""
+    tokenizer = text.load_tokenizer(model.path, trust_remote_code=trust_remote_code)
+    length = min(length, text.context_length(model.config) or length)
+    windows = text.windows(text.documents(source, tokenizer), tokenizer, length=length)
+    text.check_vocabulary(windows, model.config, [str(model.path)])
+    if samples is not None and samples < 1:
+        raise DataError(f"{samples} windows cannot be evaluated: give at least 1")
+    return windows[:samples]
+
+
+def compare(
+    candidate: StreamedModel,
+    reference: StreamedModel,
+    windows: Tensor,
+    *,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[WindowScores]:
+    """Scores of every window, in order; they do not depend on the number of threads."""
+    if len(candidate.blocks) != len(reference.blocks) or candidate.config.model_type != reference.config.model_type:
+        raise ModelError(
+            f"{candidate.path} ({candidate.config.model_type}, {len(candidate.blocks)} blocks) is not made from "
+            f"{reference.path} ({reference.config.model_type}, {len(reference.blocks)} blocks): name its original"
+        )
+    batches = text.batches(windows)
+    streams = [model.start(batches) for model in (candidate, reference)]
+    total = len(reference.blocks)
+    for index in range(total):
+        for model, stream in zip((candidate, reference), streams, strict=True):
+            with model.opened(index) as block:
+                stream.hidden = model.run_block(block, index, stream)
+        tell(index + 1, total)
+    return _score(candidate, reference, streams, batches)
+
+
+def _score(
+    candidate: StreamedModel, reference: StreamedModel, streams: Sequence[Stream], batches: Sequence[Tensor]
+) -> list[WindowScores]:
+    with candidate.finishing(streams[0]) as ours, reference.finishing(streams[1]) as theirs:
+
+        def one(batch: int) -> list[WindowScores]:
+            score = score_logits if reference.is_decoder else score_embeddings
+            pairs = zip(ours(batch), theirs(batch), batches[batch].to(reference.device), strict=True)
+            return [score(this, that, ids) for this, that, ids in pairs]
+
+        return [scores for batch in parallel_map(one, range(len(batches))) for scores in batch]
+
+
+def score_logits(logits: Tensor, reference: Tensor, ids: Tensor) -> WindowScores:
+    """Scores of one window from logits [tokens, vocabulary] of both models and its token ids [tokens]."""
+    nats = reference_nats = kl = 0.0
+    agreements = 0
+    for start in range(0, ids.shape[0] - 1, _ROWS):
+        rows = slice(start, min(start + _ROWS, ids.shape[0] - 1))
+        q = logits[rows].float().log_softmax(-1)
+        p = reference[rows].float().log_softmax(-1)
+        target = ids[rows.start + 1 : rows.stop + 1, None]
+        nats -= float(q.gather(1, target).double().sum())
+        reference_nats -= float(p.gather(1, target).double().sum())
+        agreements += int((q.argmax(-1) == p.argmax(-1)).sum())
+        kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+    return WindowScores(ids.shape[0] - 1, nats, reference_nats, kl, agreements)
+
+
+def score_embeddings(hidden: Tensor, reference: Tensor, ids: Tensor) -> WindowScores:
+    """The cosine of the mean-pooled hidden states [tokens, width] of one window."""
+    cosine = torch.nn.functional.cosine_similarity(hidden.double().mean(0), reference.double().mean(0), dim=0)
+    return WindowScores(ids.shape[0], cosine=float(cosine))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of a single value is infinite."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return mean, math.inf
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return mean, math.sqrt(variance / count)
+
+
+def _summary(
+    scores: Sequence[WindowScores], candidate: StreamedModel, reference: StreamedModel, windows: Tensor
+) -> Evaluation:
+    tokens = sum(score.tokens for score in scores)
+    weights = _weights(reference)
+    is_decoder = reference.is_decoder
+    kl, kl_error = mean_and_error([score.kl / score.tokens for score in scores])
+    cosine, cosine_error = mean_and_error([score.cosine for score in scores])
+    return Evaluation(
+        perplexity=_exp(sum(score.nats for score in scores) / tokens) if is_decoder else None,
+        reference_perplexity=_exp(sum(score.reference_nats for score in scores) / tokens) if is_decoder else None,
+        kl_mean=kl if is_decoder else None,
+        kl_stderr=kl_error if is_decoder else None,
+        top1_agreement=sum(score.agreements for score in scores) / tokens if is_decoder else None,
+        cosine_mean=None if is_decoder else cosine,
+        cosine_stderr=None if is_decoder else cosine_error,
+        tokens=tokens,
+        windows=len(scores),
+        context=windows.shape[1],
+        stride=windows.shape[1],
+        size_bytes=directory_bytes(candidate.path),
+        reference_size_bytes=directory_bytes(reference.path),
+        bpw=round(8 * stored_bytes(candidate) / weights, 4),
+        reference_bpw=round(8 * stored_bytes(reference) / weights, 4),
+    )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _weights(model: StreamedModel) -> int:
+    return sum(math.prod(info.shape) for info in model.checkpoint.tensors.values())
+
+
+def stored_bytes(model: StreamedModel) -> int:
+    """Bytes of the weight files' tensors (their headers counted too: less than a thousandth)."""
+    return sum(file.stat().st_size for file in model.checkpoint.weight_files)
+
+
+def directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())

@@ -1,0 +1,64 @@
+"""What is in a model: sites, sizes, ranges and outliers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pennyweight.models.hub import resolve
+from pennyweight.models.streamed import StreamedModel
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """shape (out, in); largest is the largest magnitude, std the root of the mean square; stored_as a torch type."""
+
+    name: str
+    shape: tuple[int, int]
+    kind: str
+    stored_as: str
+    std: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Inventory:
+    path: str
+    model_class: str
+    blocks: int
+    weights: int
+    other_weights: int
+    size_bytes: int
+    decoded_from: str | None
+    sites: list[SiteFacts]
+    refused: Mapping[str, str]
+
+
+def inventory(
+    model: str, *, trust_remote_code: bool = False, tell: Callable[[int, int], None] = lambda done, total: None
+) -> Inventory:
+    """Read every site of `model` once, one at a time."""
+    streamed = StreamedModel(resolve(model, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+    facts: list[SiteFacts] = []
+    for number, site in enumerate(streamed.sites, 1):
+        stored = streamed.checkpoint.read(site.tensor)
+        w = (stored if site.index is None else stored[site.index]).float()
+        std = float(w.double().square().mean().sqrt()) if w.numel() else 0.0
+        largest = float(w.abs().max()) if w.numel() else 0.0
+        facts.append(
+            SiteFacts(site.name, site.shape, site.kind, str(stored.dtype).removeprefix("torch."), std, largest)
+        )
+        tell(number, len(streamed.sites))
+    total = sum(math.prod(info.shape) for info in streamed.checkpoint.tensors.values())
+    return Inventory(
+        path=str(streamed.path),
+        model_class=type(streamed.module).__name__,
+        blocks=len(streamed.blocks),
+        weights=total,
+        other_weights=total - sum(site.weights for site in streamed.sites),
+        size_bytes=sum(file.stat().st_size for file in streamed.checkpoint.weight_files),
+        decoded_from=streamed.checkpoint.decoded_from,
+        sites=facts,
+        refused=streamed.refused,
+    )

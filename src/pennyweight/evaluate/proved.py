@@ -1,0 +1,57 @@
+"""The main job with its proof: quantize, then open the result in its runtime before saying that it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pennyweight.evaluate.verify import Extent, verify
+from pennyweight.pipeline.options import Options
+from pennyweight.pipeline.records import RunReport, Tell
+from pennyweight.pipeline.run import quantize as run
+from pennyweight.schemes.fit import Fit
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    scheme: str = Options.scheme,
+    solver: str = Options.solver,
+    fit: Fit = Options.fit,
+    runtime: str = Options.runtime,
+    calibration: str | Sequence[str] | None = None,
+    samples: int = Options.samples,
+    length: int = Options.length,
+    seed: int = Options.seed,
+    device: str = Options.device,
+    trust_remote_code: bool = False,
+    verification: Extent = "full",
+    tell: Tell = lambda done: None,
+) -> RunReport:
+    """Quantize a model directory or Hub id into the new directory `out`, verified.
+
+    `calibration` is a text file, a .jsonl, a directory, "built-in", "none", or the texts themselves; see Options for the
+    rest. Returns what was done; raises PennyweightError, and then `out` does not exist.
+    """
+    options = Options(
+        scheme=scheme,
+        solver=solver,
+        fit=fit,
+        runtime=runtime,
+        calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+    def prove(directory: Path) -> dict[str, Any]:
+        found = verify(directory, extent=verification, trust_remote_code=trust_remote_code)
+        if runtime != "transformers" and found["verified"] != "none":
+            found["note"] = f"opened with transformers; not verified in {runtime}, which is not installed here"
+        return found
+
+    return run(str(model), out, options, verify=prove, tell=tell)
