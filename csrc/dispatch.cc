@@ -22,4 +22,17 @@ std::size_t instruction_sets(const char** names) {
   return count;
 }
 
+std::size_t kernel_tables(const Kernels** tables) {
+  std::size_t count = 0;
+#if defined(PENNYWEIGHT_X86_KERNELS)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    tables[count++] = &kAvx512Kernels;
+  }
+  if (__builtin_cpu_supports("avx2")) tables[count++] = &kAvx2Kernels;
+#endif
+  tables[count++] = &kScalarKernels;
+  return count;
+}
+
 }  // namespace pennyweight

@@ -3,14 +3,72 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace pennyweight {
 
-// Upper bound on the names that instruction_sets() writes.
+// How decoded weights are rounded before the solver sees them: to the type in which scales are stored.
+enum class Stored : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// A block of columns of a weight, transposed: arrays are [columns, rows], row-major, float32.
+struct RoundBlock {
+  float* targets;         // in: what each column should be rounded from; out: undefined
+  const float* weights;   // the weights themselves
+  float* values;          // out: values of the number format (whole numbers)
+  float* errors;          // out: weight - decoded weight
+  const float* lower;     // [columns, columns], rows `lower_stride` apart: unit lower factor; the strict lower part is read
+  std::size_t lower_stride;
+  const float* scales;          // [groups, rows]; never zero
+  const float* zeros;           // [groups, rows], or null
+  const std::int64_t* groups;   // [columns]: the group of each column
+  std::size_t columns;
+  std::size_t rows;
+  float smallest;  // of the number format
+  float largest;
+  Stored stored;
+};
+
+// Groups of weights whose scales (and zeros) are searched; see pennyweight.schemes.fit.
+struct SearchGroups {
+  const float* w;           // [groups, size]
+  const float* importance;  // [importance_groups, size], repeated over the groups; or null
+  float* scales;            // [groups]; in: the first candidate, out: the best
+  float* zeros;             // [groups], the same; or null
+  const float* factors;     // [factor_count]: of the full range, tried in this order
+  std::size_t factor_count;
+  std::size_t groups;
+  std::size_t size;
+  std::size_t importance_groups;
+  float smallest;  // of the number format
+  float largest;
+  float limit;  // largest magnitude of a scale
+  float tiny;   // the scale that stands for 0
+  Stored stored;
+};
+
+struct Kernels {
+  const char* name;
+  // The search of fit_scales with its least-squares steps. The twin in torch is pennyweight.schemes.fit._search.
+  void (*search_groups)(const SearchGroups& groups);
+  // GPTQ within one block, last column first: round, decode, add the error times a row of `lower` to the targets of the
+  // columns still to come. The twin in torch is pennyweight.solvers.gptq._round_block.
+  void (*round_block)(const RoundBlock& block);
+};
+
+// Upper bound on the names that instruction_sets() writes, and on the tables that tables() writes.
 constexpr std::size_t kMaxInstructionSets = 8;
 
 // Writes the names of the instruction sets that this processor has, of those that kernels may be built for, to
 // `names` [kMaxInstructionSets]; returns how many. The strings are static.
 std::size_t instruction_sets(const char** names);
+
+// Writes the kernel tables that this processor can run, best first, to `tables` [kMaxInstructionSets]; returns how many.
+std::size_t kernel_tables(const Kernels** tables);
+
+extern const Kernels kScalarKernels;
+#if defined(PENNYWEIGHT_X86_KERNELS)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
 
 }  // namespace pennyweight

@@ -1,12 +1,119 @@
 // The Python module pennyweight._native: checks arguments, releases the GIL where work is long, calls the kernels.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ConstMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Strided = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Indices = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+const pennyweight::Kernels& table(const std::string& name) {
+  const pennyweight::Kernels* tables[pennyweight::kMaxInstructionSets];
+  const std::size_t count = pennyweight::kernel_tables(tables);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (name == tables[i]->name) return *tables[i];
+  }
+  throw std::invalid_argument("no kernels called " + name + " run on this processor");
+}
+
+template <typename Array>
+void expect(const Array& array, std::size_t rows, std::size_t columns, const char* name) {
+  if (array.shape(0) != rows || array.shape(1) != columns) {
+    throw std::invalid_argument(std::string(name) + ": shape [" + std::to_string(array.shape(0)) + ", " +
+                                std::to_string(array.shape(1)) + "], expected [" + std::to_string(rows) + ", " +
+                                std::to_string(columns) + "]");
+  }
+}
+
+void round_block(Matrix targets, ConstMatrix weights, Matrix values, Matrix errors, Strided lower, ConstMatrix scales,
+                 std::optional<ConstMatrix> zeros, Indices groups, float smallest, float largest, int stored,
+                 const std::string& kernels) {
+  const std::size_t columns = targets.shape(0);
+  const std::size_t rows = targets.shape(1);
+  expect(weights, columns, rows, "weights");
+  expect(values, columns, rows, "values");
+  expect(errors, columns, rows, "errors");
+  expect(lower, columns, columns, "lower");
+  expect(scales, scales.shape(0), rows, "scales");
+  if (zeros) expect(*zeros, scales.shape(0), rows, "zeros");
+  if (columns > 0 && (lower.stride(1) != 1 || lower.stride(0) < 0)) {
+    throw std::invalid_argument("lower: the columns of a row must lie side by side");
+  }
+  if (groups.shape(0) != columns) throw std::invalid_argument("groups: one for each column is expected");
+  for (std::size_t i = 0; i < columns; ++i) {
+    if (groups(i) < 0 || static_cast<std::size_t>(groups(i)) >= scales.shape(0)) {
+      throw std::invalid_argument("groups: an index is outside the scales");
+    }
+  }
+  if (stored < 0 || stored > 2) throw std::invalid_argument("stored: 0, 1 or 2 is expected");
+  const pennyweight::Kernels& chosen = table(kernels);
+  const pennyweight::RoundBlock block{targets.data(),
+                                      weights.data(),
+                                      values.data(),
+                                      errors.data(),
+                                      lower.data(),
+                                      static_cast<std::size_t>(columns > 0 ? lower.stride(0) : 0),
+                                      scales.data(),
+                                      zeros ? zeros->data() : nullptr,
+                                      groups.data(),
+                                      columns,
+                                      rows,
+                                      smallest,
+                                      largest,
+                                      static_cast<pennyweight::Stored>(stored)};
+  nb::gil_scoped_release release;
+  chosen.round_block(block);
+}
+
+using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ConstVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector scales, std::optional<Vector> zeros,
+                   ConstVector factors, float smallest, float largest, float limit, float tiny, int stored,
+                   const std::string& kernels) {
+  const std::size_t groups = w.shape(0);
+  const std::size_t size = w.shape(1);
+  if (importance && (importance->shape(0) == 0 || importance->shape(1) != size)) {
+    throw std::invalid_argument("importance: the groups of w have another size");
+  }
+  if (scales.shape(0) != groups || (zeros && zeros->shape(0) != groups)) {
+    throw std::invalid_argument("scales and zeros: one for each group is expected");
+  }
+  if (stored < 0 || stored > 2) throw std::invalid_argument("stored: 0, 1 or 2 is expected");
+  const pennyweight::Kernels& chosen = table(kernels);
+  const pennyweight::SearchGroups search{w.data(),
+                                         importance ? importance->data() : nullptr,
+                                         scales.data(),
+                                         zeros ? zeros->data() : nullptr,
+                                         factors.data(),
+                                         factors.shape(0),
+                                         groups,
+                                         size,
+                                         importance ? importance->shape(0) : 0,
+                                         smallest,
+                                         largest,
+                                         limit,
+                                         tiny,
+                                         static_cast<pennyweight::Stored>(stored)};
+  nb::gil_scoped_release release;
+  chosen.search_groups(search);
+}
+
+}  // namespace
 
 NB_MODULE(_native, module) {
   module.doc() = "The native kernels of Pennyweight.";
@@ -21,4 +128,26 @@ NB_MODULE(_native, module) {
         return std::vector<std::string>(names, names + count);
       },
       "Names of the instruction sets that this processor has, of those that kernels may be built for.");
+
+  module.def(
+      "kernel_tables",
+      [] {
+        const pennyweight::Kernels* tables[pennyweight::kMaxInstructionSets];
+        const std::size_t count = pennyweight::kernel_tables(tables);
+        std::vector<std::string> names;
+        for (std::size_t i = 0; i < count; ++i) names.emplace_back(tables[i]->name);
+        return names;
+      },
+      "Names of the kernel tables that this processor can run, best first.");
+
+  module.def("search_groups", &search_groups, nb::arg("w"), nb::arg("importance").none(), nb::arg("scales"),
+             nb::arg("zeros").none(), nb::arg("factors"), nb::arg("smallest"), nb::arg("largest"), nb::arg("limit"),
+             nb::arg("tiny"), nb::arg("stored"), nb::arg("kernels"),
+             "Search of scales for groups [groups, size]; see kernels.h. `scales` and `zeros` are written.");
+
+  module.def("round_block", &round_block, nb::arg("targets"), nb::arg("weights"), nb::arg("values"), nb::arg("errors"),
+             nb::arg("lower"), nb::arg("scales"), nb::arg("zeros").none(), nb::arg("groups"), nb::arg("smallest"),
+             nb::arg("largest"), nb::arg("stored"), nb::arg("kernels"),
+             "GPTQ within one block of columns [columns, rows]; see kernels.h. `targets`, `values` and `errors` are "
+             "written.");
 }

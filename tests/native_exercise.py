@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from array import array
 from pathlib import Path
+from typing import Any
 
 
 def main(directory: Path) -> None:
@@ -18,6 +20,36 @@ def main(directory: Path) -> None:
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     print(f"{library.name} {native.version()}:", *native.instruction_sets())
+    for table in native.kernel_tables():
+        for columns, rows in ((1, 1), (5, 63), (7, 64), (33, 130)):
+            for stored in range(3):
+                _round_block(native, table, columns, rows, stored)
+                _search_groups(native, table, columns, rows, stored)
+        print(f"{table}: every kernel ran")
+
+
+def _matrix(*shape: int, step: float = 0.37) -> memoryview:
+    """Numbers between -1 and 1 that look random enough."""
+    count = shape[0] * (shape[1] if len(shape) == 2 else 1)
+    numbers = array("f", ((index * step) % 2.0 - 1.0 for index in range(count)))
+    return memoryview(numbers).cast("B").cast("f", shape=list(shape))
+
+
+def _round_block(native: Any, table: str, columns: int, rows: int, stored: int) -> None:
+    targets, weights, values, errors = (_matrix(columns, rows) for _ in range(4))
+    scales, zeros = _matrix(2, rows, step=0.0), _matrix(2, rows)
+    groups = memoryview(array("q", (index % 2 for index in range(columns))))
+    lower = _matrix(columns, columns)
+    for choice in (None, zeros):
+        native.round_block(targets, weights, values, errors, lower, scales, choice, groups, -8.0, 7.0, stored, table)
+
+
+def _search_groups(native: Any, table: str, groups: int, size: int, stored: int) -> None:
+    w, factors = _matrix(groups, size), _matrix(3, step=0.1)
+    for importance in (None, _matrix(1, size, step=0.01)):
+        for zeros in (None, _matrix(groups, step=0.0)):
+            scales = _matrix(groups, step=0.0)
+            native.search_groups(w, importance, scales, zeros, factors, -8.0, 7.0, 1e30, 1e-30, stored, table)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ def _restored_threads() -> Iterator[None]:
     assert torch.get_num_threads() == before
 
 
-
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -84,9 +83,13 @@ def test_nested_calls_run_inline() -> None:
 
 
 def test_the_number_of_threads_comes_back_after_an_error(threads: int) -> None:
-    with pytest.raises(RuntimeError, match="inside"), one_thread_per_operation() as allowed:
-        assert (allowed, torch.get_num_threads()) == (threads, 1)
-        raise RuntimeError("inside")
+    def fail_inside() -> None:
+        with one_thread_per_operation() as allowed:
+            assert (allowed, torch.get_num_threads()) == (threads, 1)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
 
 
 @pytest.mark.usefixtures("threads")

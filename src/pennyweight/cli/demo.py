@@ -103,7 +103,5 @@ def _print(rows: list[dict[str, Any]]) -> None:
     header = ["", "size", "bits a weight", "perplexity", "KL to original", "same top token", "verified", "time"]
     table(header, lines)
     print("\nBits a weight count the quantized linear maps with their scales; embeddings stay in bfloat16.")
-    print(
-        "Perplexity, KL and agreement are measured on text that the model never saw; verified: opened with transformers,"
-    )
-    print("no key missing, logits equal to those of our own decoding.")
+    print("Perplexity, KL and agreement are measured on text that the model never saw.")
+    print("Verified: opened with transformers, no key missing, logits equal to those of our own decoding.")

@@ -46,9 +46,8 @@ def _print_cpu(*, as_json: bool) -> None:
 
 
 def _print(found: Inventory) -> None:
-    print(
-        f"{found.path}: {found.model_class}, {found.blocks} blocks, {found.weights:,} weights, {mebibytes(found.size_bytes)}"
-    )
+    size = mebibytes(found.size_bytes)
+    print(f"{found.path}: {found.model_class}, {found.blocks} blocks, {found.weights:,} weights, {size}")
     if found.decoded_from:
         print(f"  already quantized, decoded on reading: {found.decoded_from}")
     kinds: dict[str, list[SiteFacts]] = {}

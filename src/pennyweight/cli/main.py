@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -19,12 +23,51 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("inspect")(inspect.inspect)
-app.command("quantize")(quantize.quantize)
-app.command("evaluate")(evaluate.evaluate)
-app.command("verify")(verify.verify)
-app.command("run")(run.run)
-app.command("demo")(demo.demo)
+
+
+def _explained(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, whose foreseen errors end as one line on standard error and an exit code."""
+
+    @functools.wraps(command)
+    def explained(**options: Any) -> None:
+        try:
+            command(**options)
+        except KeyboardInterrupt as interrupt:
+            say("\ninterrupted" + _notes(interrupt))
+            raise typer.Exit(1) from interrupt
+        except Exception as error:
+            raise typer.Exit(_explain(error)) from error
+
+    return explained
+
+
+def _explain(error: Exception) -> int:
+    from pennyweight.core.errors import PennyweightError, UsageError
+
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if isinstance(error, PennyweightError) else f"{error.filename or 'input or output'}: "
+        say(f"error: {place}{error.strerror}" + _notes(error))
+        return 1
+    if isinstance(error, PennyweightError):
+        say(f"error: {error}" + _notes(error))
+        return 2 if isinstance(error, UsageError) else 1
+    raise error
+
+
+def _notes(error: BaseException) -> str:
+    """What the run that was ended had to say, after a semicolon."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+
+
+for _name, _command in (
+    ("inspect", inspect.inspect),
+    ("quantize", quantize.quantize),
+    ("evaluate", evaluate.evaluate),
+    ("verify", verify.verify),
+    ("run", run.run),
+    ("demo", demo.demo),
+):
+    app.command(_name)(_explained(_command))
 
 
 def _version(value: bool) -> None:
@@ -40,31 +83,20 @@ def _options(
     pass
 
 
+def _quiet() -> None:
+    """Keep what the libraries say to their own users from ours; read when they are imported, which is later."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
 def main() -> None:
-    """Run a command; errors that Pennyweight foresees are one line on standard error."""
-    try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        say("interrupted; finished blocks are kept: the same command continues there")
-        sys.exit(1)
-    except BrokenPipeError:
-        # The reader of our output is gone; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        sys.exit(_explain(error))
-
-
-def _explain(error: Exception) -> int:
-    from pennyweight.core.errors import PennyweightError, UsageError
-
-    if isinstance(error, PennyweightError):
-        say(f"error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
-    if isinstance(error, OSError) and error.strerror:
-        say(f"error: {error.filename or 'the output'}: {error.strerror.lower()}; finished blocks are kept")
-        return 1
-    raise error
+    """Run a command."""
+    _quiet()
+    app()
 
 
 if __name__ == "__main__":

@@ -46,8 +46,6 @@ def quantize(
 
     if scheme and bits:
         raise UsageError(f"--scheme {scheme} and --bits {bits} exclude each other: give one")
-    if fit not in ("search", "minmax"):
-        raise UsageError(f"--fit {fit}: give search or minmax")
     if verify not in ("full", "blocks", "none"):
         raise UsageError(f"--verify {verify}: give full, blocks or none")
     set_jobs(jobs)
@@ -78,9 +76,8 @@ def teller() -> Tell:
         if sys.stderr.isatty():
             print("\r" + " " * 78 + "\r", end="", file=sys.stderr)
         state = "  (from the earlier run)" if done.resumed else ""
-        say(
-            f"block {done.index + 1}/{done.total}: {_errors(done.sites)}  [{clock.line(done.index + 1, done.total)}]{state}"
-        )
+        time = clock.line(done.index + 1, done.total)
+        say(f"block {done.index + 1}/{done.total}: {_errors(done.sites)}  [{time}]{state}")
         for site in done.sites:
             for note in site.notes if len(done.sites) < 40 else ():
                 say(f"  {site.name}: {note}")
@@ -117,6 +114,7 @@ def _print(report: RunReport) -> None:
         print(f"  changed for {count}: {reason}")
     if report.fallbacks:
         print(f"  {len(report.fallbacks)} weights carry notes (fallbacks, too few rows): see pennyweight.json")
-    print(
-        f"  {report.seconds:.0f} s, {mebibytes(report.peak_memory_bytes)} of memory at most; verified: {report.verified}"
-    )
+    if report.leftovers:
+        print(f"  left beside it by unfinished runs of other settings: {', '.join(report.leftovers)}")
+    memory = mebibytes(report.peak_memory_bytes)
+    print(f"  {report.seconds:.0f} s, {memory} of memory at most; verified: {report.verified}")

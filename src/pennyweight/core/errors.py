@@ -21,7 +21,7 @@ from typing import Any
 
 
 class PennyweightError(Exception):
-    """Base of all errors that Pennyweight raises on purpose; its text names what was given, what is allowed, what to do."""
+    """Base of all errors that Pennyweight raises on purpose; its text says what was given, allowed and what to do."""
 
 
 class UsageError(PennyweightError, ValueError):

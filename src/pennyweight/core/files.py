@@ -55,11 +55,16 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def allocated_bytes(directory: Path) -> int:
+    """What the files in `directory` already take of the disk: less than their length where they have holes."""
+    return sum(file.stat().st_blocks * 512 for file in directory.iterdir()) if directory.is_dir() else 0
+
+
 def check_space(directory: Path, needed_bytes: int) -> None:
     """Raises SpaceError when the file system of `directory` has less than `needed_bytes` free."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise SpaceError(
             errno.ENOSPC,
-            f"{directory}: the output needs {needed_bytes:,} bytes and {free:,} are free: make room, or choose another --out",
+            f"{directory}: the output needs {needed_bytes:,} bytes and {free:,} are free: make room, or change --out",
         )

@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        # What getrusage says includes, on Linux, the peak of the process that started this one: the second choice.
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_memory_bytes() -> int:
     """What a new allocation may take without swapping; the free pages where the system does not say."""
+    limits = [left for left in (_left_of_machine(), _left_of_container()) if left is not None]
+    return min(limits) if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_of_machine() -> int | None:
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_of_container() -> int | None:
+    """Of a container with a limit (control groups, version 2): the limit less what is in use and not page cache."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return None
+    cache = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+    return None if limit == "max" else max(0, int(limit) - used + cache)
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps what was allocated in pieces of up to 32 MiB."""
+    library = _libc()
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TypeVar
 
@@ -25,22 +26,34 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     )
 
 
+# Inside `one_thread_per_operation`: how many threads its caller had allowed.
+_allowed: ContextVar[int | None] = ContextVar("allowed_threads", default=None)
+
+
 @contextmanager
 def one_thread_per_operation() -> Iterator[int]:
-    """Torch operations inside run on one thread each; yields the number of threads that the caller allowed."""
-    threads = torch.get_num_threads()
+    """Torch operations inside run on one thread each, and `parallel_map` on as many as the caller allowed; yields that.
+
+    A whole run is put inside: between two operations on several threads OpenMP's helpers spin, and take the cores from
+    the threads of `parallel_map`.
+    """
+    known = _allowed.get()
+    threads = torch.get_num_threads() if known is None else known
+    token = _allowed.set(threads)
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield threads
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+        _allowed.reset(token)
 
 
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """[function(item) for item in items], on as many threads as torch may use; each item's work is single-threaded.
 
-    Nested calls run inline, and nothing is recorded for gradients. The first exception (in item order) is raised after
-    all items have ended.
+    Nested calls run inline, and nothing is recorded for gradients. The first exception (in item order) is raised when
+    no item runs any more.
     """
     work = list(items)
     with one_thread_per_operation() as threads, torch.no_grad():

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import DataError, ModelError
-from pennyweight.core.parallel import parallel_map
+from pennyweight.core.parallel import chunks, one_thread_per_operation, parallel_map
 from pennyweight.models import text
 from pennyweight.models.hub import resolve
 from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.pipeline.sizes import tensor_bytes, weight_count
 
 # Rows of logits that are compared at once: bounds the memory of the float32 copies.
 _ROWS = 256
+# Logits of both models that are held at once, one batch at least: more batches wait for their turn.
+_LOGITS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Sums of one window. Of a decoder: nats of the text under both models, KL(original || this) and agreements over its
-    `tokens` predicted tokens. Of an encoder: `cosine`, the mean over tokens of the cosine of the two hidden states."""
+    """Sums of one window. Of a decoder: nats of the text under both models, KL(original || this) and agreements over
+    its `tokens` predicted tokens. Of an encoder: `cosine` of the two mean-pooled hidden states."""
 
     tokens: int
     nats: float = 0.0
@@ -112,6 +115,11 @@ def compare(
             f"{candidate.path} ({candidate.config.model_type}, {len(candidate.blocks)} blocks) is not made from "
             f"{reference.path} ({reference.config.model_type}, {len(reference.blocks)} blocks): name its original"
         )
+    sizes = [model.config.get_text_config().vocab_size for model in (candidate, reference)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{candidate.path} has a vocabulary of {sizes[0]} and {reference.path} one of {sizes[1]}: name its original"
+        )
     batches = text.batches(windows)
     streams = [model.start(batches) for model in (candidate, reference)]
     total = len(reference.blocks)
@@ -133,7 +141,15 @@ def _score(
             pairs = zip(ours(batch), theirs(batch), batches[batch].to(reference.device), strict=True)
             return [score(this, that, ids) for this, that, ids in pairs]
 
-        return [scores for batch in parallel_map(one, range(len(batches))) for scores in batch]
+        together = max(1, _LOGITS_BYTES // _logits_bytes(reference, batches[0]))
+        rounds = [parallel_map(one, range(len(batches))[part]) for part in chunks(len(batches), together)]
+        return [window for scores in rounds for batch in scores for window in batch]
+
+
+def _logits_bytes(model: StreamedModel, ids: Tensor) -> int:
+    """What the float32 outputs of both models for one batch take."""
+    config = model.config.get_text_config()
+    return 8 * ids.numel() * int(config.vocab_size if model.is_decoder else config.hidden_size)
 
 
 def score_logits(logits: Tensor, reference: Tensor, ids: Tensor) -> WindowScores:
@@ -172,7 +188,7 @@ def _summary(
     scores: Sequence[WindowScores], candidate: StreamedModel, reference: StreamedModel, windows: Tensor
 ) -> Evaluation:
     tokens = sum(score.tokens for score in scores)
-    weights = _weights(reference)
+    weights = weight_count(reference)
     is_decoder = reference.is_decoder
     kl, kl_error = mean_and_error([score.kl / score.tokens for score in scores])
     cosine, cosine_error = mean_and_error([score.cosine for score in scores])
@@ -190,8 +206,8 @@ def _summary(
         stride=windows.shape[1],
         size_bytes=directory_bytes(candidate.path),
         reference_size_bytes=directory_bytes(reference.path),
-        bpw=round(8 * stored_bytes(candidate) / weights, 4),
-        reference_bpw=round(8 * stored_bytes(reference) / weights, 4),
+        bpw=round(8 * tensor_bytes(candidate) / weights, 4),
+        reference_bpw=round(8 * tensor_bytes(reference) / weights, 4),
     )
 
 
@@ -199,14 +215,5 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def _weights(model: StreamedModel) -> int:
-    return sum(math.prod(info.shape) for info in model.checkpoint.tensors.values())
-
-
-def stored_bytes(model: StreamedModel) -> int:
-    """Bytes of the weight files' tensors (their headers counted too: less than a thousandth)."""
-    return sum(file.stat().st_size for file in model.checkpoint.weight_files)
-
-
 def directory_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import Any
 
@@ -9,6 +10,13 @@ from pennyweight.core.errors import ModelError, UsageError
 from pennyweight.models import text
 from pennyweight.models.hub import resolve
 from pennyweight.models.skeleton import read_config
+
+
+def quiet_transformers() -> None:
+    """Neither warnings nor bars of transformers on standard error; what matters is raised."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def generate(
@@ -24,13 +32,16 @@ def generate(
 ) -> tuple[str, int, float]:
     """The continuation of `prompt`, its number of tokens, and the seconds it took without loading."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, TextStreamer, set_seed
-    from transformers.utils import logging
+
+    quiet_transformers()
 
     path = resolve(model, trust_remote_code=trust_remote_code)
-    read_config(path, trust_remote_code=trust_remote_code)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    made_for = getattr(transformers, (config.architectures or [""])[0], None)
+    if made_for is not None and not made_for.can_generate():
+        raise ModelError(f"{model} is a {made_for.__name__}, which cannot continue a text: give a language model")
     tokenizer = text.load_tokenizer(path, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

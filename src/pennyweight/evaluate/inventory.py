@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pennyweight.models.hub import resolve
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.blocks import stored_matrix
+from pennyweight.pipeline.sizes import weight_count
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ def inventory(
     streamed = StreamedModel(resolve(model, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
     facts: list[SiteFacts] = []
     for number, site in enumerate(streamed.sites, 1):
-        stored = streamed.checkpoint.read(site.tensor)
-        w = (stored if site.index is None else stored[site.index]).float()
+        stored = stored_matrix(streamed.checkpoint, site)
+        w = stored.float()
         std = float(w.double().square().mean().sqrt()) if w.numel() else 0.0
         largest = float(w.abs().max()) if w.numel() else 0.0
         facts.append(
             SiteFacts(site.name, site.shape, site.kind, str(stored.dtype).removeprefix("torch."), std, largest)
         )
         tell(number, len(streamed.sites))
-    total = sum(math.prod(info.shape) for info in streamed.checkpoint.tensors.values())
+    total = weight_count(streamed)
     return Inventory(
         path=str(streamed.path),
         model_class=type(streamed.module).__name__,

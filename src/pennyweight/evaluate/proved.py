@@ -32,8 +32,8 @@ def quantize(
 ) -> RunReport:
     """Quantize a model directory or Hub id into the new directory `out`, verified.
 
-    `calibration` is a text file, a .jsonl, a directory, "built-in", "none", or the texts themselves; see Options for the
-    rest. Returns what was done; raises PennyweightError, and then `out` does not exist.
+    `calibration` is a text file, a .jsonl, a directory, "built-in", "none", or the texts themselves; see Options for
+    the rest. Returns what was done; raises PennyweightError, and then `out` does not exist.
     """
     options = Options(
         scheme=scheme,
@@ -51,7 +51,7 @@ def quantize(
     def prove(directory: Path) -> dict[str, Any]:
         found = verify(directory, extent=verification, trust_remote_code=trust_remote_code)
         if runtime != "transformers" and found["verified"] != "none":
-            found["note"] = f"opened with transformers; not verified in {runtime}, which is not installed here"
+            found["note"] = f"opened with transformers; not verified in {runtime}, which was not run"
         return found
 
     return run(str(model), out, options, verify=prove, tell=tell)

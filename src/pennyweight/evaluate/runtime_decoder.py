@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from torch import Tensor
@@ -22,30 +23,31 @@ class RuntimeDecoder:
     """
 
     def __init__(self, model: StreamedModel) -> None:
-        from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-
+        quantization: Any = importlib.import_module("compressed_tensors.quantization")
         self._stored = open_checkpoint(model.path)
         self.names = [name.removesuffix(_PACKED) for name in self._stored.tensors if name.endswith(_PACKED)]
         settings = {
             key: value
             for key, value in read_config_json(model.path)["quantization_config"].items()
-            if key in QuantizationConfig.model_fields
+            if key in quantization.QuantizationConfig.model_fields
         }
-        config = QuantizationConfig.model_validate(settings)
-        apply_quantization_config(model.module, config)
-        self._only = list(config.config_groups.values())[0] if len(config.config_groups) == 1 else None
+        config = quantization.QuantizationConfig.model_validate(settings)
+        quantization.apply_quantization_config(model.module, config)
+        self._only = next(iter(config.config_groups.values())) if len(config.config_groups) == 1 else None
         self._schemes: dict[str, Any] = {}
         for parameter, source in model.weights.sources.items():
             module = model.module.get_submodule(parameter.rpartition(".")[0])
             scheme = getattr(module, "quantization_scheme", None) or self._only
             self._schemes.update({key.removesuffix(".weight"): scheme for key in source.keys})
 
+    def has_scheme(self, name: str) -> bool:
+        return self._schemes.get(name) is not None
+
     def read(self, name: str) -> Tensor:
         """The decoded weight [out, in] of `name`."""
-        from compressed_tensors.compressors import PackedQuantizationCompressor
-
+        compressors: Any = importlib.import_module("compressed_tensors.compressors")
         found = {part: f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in self._stored.tensors}
         state = {part: self._stored.read(full) for part, full in found.items()}
-        weight = PackedQuantizationCompressor.decompress(state, self._schemes[name])["weight"]
+        weight = compressors.PackedQuantizationCompressor.decompress(state, self._schemes[name])["weight"]
         assert isinstance(weight, Tensor)
         return weight

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import math
 import sys
 import time
 import warnings
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from pennyweight.core.memory import available_memory_bytes, peak_memory_bytes
 from pennyweight.evaluate.runtime_decoder import RuntimeDecoder
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.models.text import context_length
 
 _WINDOWS, _TOKENS = 2, 48
 
@@ -25,22 +29,38 @@ def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     warnings.simplefilter("ignore")
     path, extent = Path(arguments[0]), arguments[1]
-    ours = StreamedModel(path, trust_remote_code="--trust-remote-code" in arguments)
+    trust_remote_code = "--trust-remote-code" in arguments
+    ours = StreamedModel(path, trust_remote_code=trust_remote_code)
     needed = sum(math.prod(info.shape) * info.dtype.itemsize for info in ours.checkpoint.tensors.values())
     # The runtime holds the packed and the decoded model at once, and the first forward pass adds its own.
     fits = 2.5 * needed < available_memory_bytes()
-    found = _whole(path, ours) if extent == "full" and fits else _by_weight(ours, fits=fits)
+    if extent == "full" and fits:
+        found = _whole(path, ours, trust_remote_code=trust_remote_code)
+    else:
+        found = _by_weight(ours, fits=fits)
     found |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak_memory_bytes()}
     print(json.dumps(found))
 
 
-def _whole(path: Path, ours: StreamedModel) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Seen:
+    """What the runtime made of the artefact: its complaints, its logits, the types of its parameters."""
+
+    problems: list[str]
+    logits: Tensor
+    kinds: dict[str, torch.dtype]
+    attention: str
+
+
+def _whole(path: Path, ours: StreamedModel, *, trust_remote_code: bool) -> dict[str, Any]:
     """Load in the runtime and compare logits."""
-    ids = torch.randint(0, _vocabulary(ours), (_WINDOWS, _TOKENS), generator=torch.Generator().manual_seed(0))
-    problems, theirs, kinds, attention = _run_runtime(path, ours, ids)
+    tokens = min(_TOKENS, context_length(ours.config) or _TOKENS)
+    ids = torch.randint(0, _vocabulary(ours), (_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
+    seen = _run_runtime(path, ours, ids, trust_remote_code=trust_remote_code)
+    problems, theirs = seen.problems, seen.logits
     if problems:
         return {"verified": "failed", "problems": problems}
-    logits = _run_decoded(ours, ids, kinds, attention)
+    logits = _run_decoded(ours, ids, seen.kinds, seen.attention)
     difference = float((theirs.double() - logits.double()).abs().max())
     allowed = 0.0 if theirs.dtype == torch.float32 else _unit_in_last_place(theirs)
     if not difference <= allowed:
@@ -58,22 +78,28 @@ def _whole(path: Path, ours: StreamedModel) -> dict[str, Any]:
     }
 
 
-def _run_runtime(path: Path, ours: StreamedModel, ids: Tensor) -> tuple[list[str], Tensor, dict[str, torch.dtype], str]:
-    import transformers
-
+def _run_runtime(path: Path, ours: StreamedModel, ids: Tensor, *, trust_remote_code: bool) -> _Seen:
+    transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
     auto = transformers.AutoModelForCausalLM if ours.is_decoder else transformers.AutoModel
-    named = getattr(transformers, (ours.config.architectures or [""])[0], None)
+    brings_code = hasattr(ours.config, "auto_map")
+    named = None if brings_code else getattr(transformers, (ours.config.architectures or [""])[0], None)
     model, info = (named or auto).from_pretrained(
-        path, dtype="auto", output_loading_info=True, experts_implementation="eager", local_files_only=True
+        path,
+        dtype="auto",
+        output_loading_info=True,
+        experts_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
     )
-    problems = [f"{kind}: {sorted(map(str, info[kind]))[:5]}" for kind in _KEYS if info[kind]]
+    # What the original's model has no place for either is no fault of the artefact.
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - set(ours.weights.unused)
+    problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}" for kind in _KEYS if info[kind]]
     if problems:
-        return problems, torch.empty(0), {}, ""
+        return _Seen(problems, torch.empty(0), {}, "")
     logits = _forward(model, ids, is_decoder=ours.is_decoder)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    attention = model.config._attn_implementation
-    return [], logits, kinds, attention
+    return _Seen([], logits, kinds, model.config._attn_implementation)
 
 
 _KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -84,7 +110,7 @@ def _run_decoded(ours: StreamedModel, ids: Tensor, kinds: dict[str, torch.dtype]
     gc.collect()
     model = ours.module
     model.config._attn_implementation = attention  # type: ignore[union-attr]
-    common = max(set(kinds.values()), key=list(kinds.values()).count)
+    [(common, _)] = Counter(kinds.values()).most_common(1)
     loaded: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in loaded:
@@ -116,7 +142,9 @@ def _by_weight(ours: StreamedModel, *, fits: bool) -> dict[str, Any]:
     problems: list[str] = []
     runtime = RuntimeDecoder(ours)
     for name in runtime.names:
-        if not torch.equal(runtime.read(name).float(), ours.checkpoint.read(f"{name}.weight").float()):
+        if not runtime.has_scheme(name):
+            problems.append(f"{name}: it is packed, but the runtime finds no scheme for it in config.json")
+        elif not torch.equal(runtime.read(name).float(), ours.checkpoint.read(f"{name}.weight").float()):
             problems.append(f"{name}: the runtime's decoder gives other weights than ours")
     reason = "asked for" if fits else "the decoded model does not fit in memory"
     if not runtime.names:

@@ -2,6 +2,7 @@
 
 PENNYWEIGHT_KERNELS=auto     the native library if it is there (the default)
 PENNYWEIGHT_KERNELS=native   the native library, or an error
+PENNYWEIGHT_KERNELS=avx512, avx2 or scalar   the native library with these kernels, or an error
 PENNYWEIGHT_KERNELS=torch    the plain torch versions only
 """
 
@@ -11,17 +12,22 @@ import importlib
 import os
 from types import ModuleType
 
+import torch
+
 from pennyweight.core.errors import MissingExtraError, UsageError
 
+# The numbers that csrc/kernels.h gives to the types in which scales are stored.
+STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIABLE = "PENNYWEIGHT_KERNELS"
-_CHOICES = ("auto", "native", "torch")
+_TABLES = ("avx512", "avx2", "scalar")
+_CHOICES = ("auto", "native", *_TABLES, "torch")
 
 
 def native() -> ModuleType | None:
     """The module `pennyweight._native`, or None where it was not built or PENNYWEIGHT_KERNELS is "torch".
 
-    Raises UsageError for any other value than those above, and MissingExtraError where "native" is asked for
-    and the library is not there.
+    Raises UsageError for any other value than those above, and MissingExtraError where the library is asked for
+    and is not there.
     """
     choice = os.environ.get(VARIABLE) or "auto"
     if choice not in _CHOICES:
@@ -31,9 +37,24 @@ def native() -> ModuleType | None:
     try:
         return importlib.import_module("pennyweight._native")
     except ImportError as error:
-        if choice == "native":
+        if choice != "auto":
             raise MissingExtraError(
-                f"{VARIABLE}=native, but the native library was not built or does not load: {error}. "
+                f"{VARIABLE}={choice}, but the native library was not built or does not load: {error}. "
                 f"Install Pennyweight again with a C++17 compiler, or set {VARIABLE}=auto"
             ) from error
         return None
+
+
+def kernel_table() -> str | None:
+    """The native kernels in use: those that PENNYWEIGHT_KERNELS names, else the best that the processor can run; None
+    without the native library. Raises UsageError where the processor cannot run those that are named."""
+    library = native()
+    if library is None:
+        return None
+    there: list[str] = library.kernel_tables()
+    choice = os.environ.get(VARIABLE) or "auto"
+    if choice not in _TABLES:
+        return there[0]
+    if choice not in there:
+        raise UsageError(f"{VARIABLE}={choice}: this processor has {', '.join(there)}: name one of these, or auto")
+    return choice

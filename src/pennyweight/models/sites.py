@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -44,23 +46,44 @@ def find_sites(model: nn.Module, blocks: list[str], weights: WeightMap) -> Sites
     for number, block in enumerate(blocks):
         for path, module in model.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                if not _is_router(model, path):
+                if not _is_router(model, block, path):
                     _add_matrix(found, path, module, number, weights)
-            elif path.endswith("experts") or hasattr(module, "is_transposed"):
+            elif _names_experts(module, path):
                 _add_experts(found, path, module, number, weights)
     return found
 
 
-def _is_router(model: nn.Module, path: str) -> bool:
-    parent, _, name = path.rpartition(".")
-    siblings = dict(model.get_submodule(parent).named_children())
-    experts = siblings.get("experts")
-    if experts is None or name == "experts":
+def _is_router(model: nn.Module, block: str, path: str) -> bool:
+    """A linear map beside the experts of its block, with one output an expert, or one: it chooses, it doesn't carry."""
+    module = model.get_submodule(path)
+    if not isinstance(module, nn.Linear):
         return False
-    stacked = [parameter.shape[0] for parameter in experts.parameters(recurse=False) if parameter.ndim == 3]
-    count = stacked[0] if stacked else len(list(experts.children()))
-    module = siblings[name]
-    return isinstance(module, nn.Linear) and module.out_features in (1, count)
+    for name, experts in model.get_submodule(block).named_modules(prefix=block):
+        parent = name.rpartition(".")[0]
+        if not _holds_experts(experts, name) or not path.startswith(f"{parent}.") or path.startswith(f"{name}."):
+            continue
+        below = path.removeprefix(f"{parent}.").split(".")
+        named = any(word in part for part in below for word in ("router", "gate"))
+        if module.out_features in (1, _count(experts)) and (named or len(below) == 1):
+            return True
+    return False
+
+
+def _holds_experts(module: nn.Module, path: str) -> bool:
+    stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return (isinstance(module, nn.ModuleList) and path.endswith("experts")) or (
+        _names_experts(module, path) and stacked
+    )
+
+
+def _names_experts(module: nn.Module, path: str) -> bool:
+    return path.endswith("experts") or "Experts" in type(module).__name__ or hasattr(module, "is_transposed")
+
+
+def _count(experts: nn.Module) -> int:
+    if isinstance(experts, nn.ModuleList):
+        return len(experts)
+    return next(parameter.shape[0] for parameter in experts.parameters(recurse=False) if parameter.ndim == 3)
 
 
 def _add_matrix(found: Sites, path: str, module: nn.Module, block: int, weights: WeightMap) -> None:
@@ -82,18 +105,35 @@ def _add_matrix(found: Sites, path: str, module: nn.Module, block: int, weights:
 
 
 def _add_experts(found: Sites, path: str, module: nn.Module, block: int, weights: WeightMap) -> None:
-    transposed = bool(getattr(module, "is_transposed", False))
+    transposed = _is_transposed(module)
     for name, parameter in module.named_parameters(recurse=False):
         source = weights.sources.get(f"{path}.{name}")
         if parameter.ndim != 3 or source is None:
             continue
-        for site, place in _expert_sites(f"{path}.{name}", parameter, block, source, transposed=transposed):
-            found.sites.append(site)
-            found.places[site.name] = place
-        if _kind_of_merge(source) is None:
+        if transposed is None:
+            found.refused[f"{path}.{name}"] = "how its experts are stored cannot be seen, as [out, in] or as [in, out]"
+            continue
+        sites = _expert_sites(f"{path}.{name}", parameter, block, source, transposed=transposed)
+        found.sites.extend(site for site, _ in sites)
+        found.places.update({site.name: place for site, place in sites})
+        if not sites:
             found.refused[f"{path}.{name}"] = (
                 f"its experts are made from {source.keys[0]} in a way that is not known here"
             )
+
+
+def _is_transposed(module: nn.Module) -> bool | None:
+    """Whether experts are kept as [in, out]: what transformers notes, else what the module calls; None if unknown."""
+    noted = getattr(module, "is_transposed", None)
+    if isinstance(noted, bool):
+        return noted
+    try:
+        code = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return None
+    calls_linear = re.search(r"\blinear\(", code) is not None
+    multiplies = re.search(r"\b(bmm|matmul)\(", code) is not None
+    return multiplies if calls_linear != multiplies else None
 
 
 def _kind_of_merge(source: Source) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from pennyweight.core.errors import ModelError
 _TOWERS = ("vision", "visual", "audio", "image", "speech", "video", "mtp", "codec")
 
 
+# What a config that does not fit its model class raises, beside errors of our own.
+_MISFITS = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError)
+
+
 class _WithoutMemory(TorchFunctionMode):
-    """torch.empty gives meta tensors: parameters take no memory, while computed buffers (rotary tables) are real."""
+    """torch.empty gives meta tensors: large parameters take no memory, computed buffers (rotary tables) are real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -30,13 +35,14 @@ class _WithoutMemory(TorchFunctionMode):
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model directory; raises ModelError."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: give a Hugging Face model directory (config.json, *.safetensors)")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (*_MISFITS, StrictDataclassError) as error:
         raise ModelError(
             f"{path}/config.json cannot be used: {_first_line(error)}. Known model types are those of the installed "
             "transformers; a model that brings its own code needs --trust-remote-code."
@@ -49,31 +55,44 @@ def _first_line(error: Exception) -> str:
 
 def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     """The model that `config.architectures` names (else a causal or plain model), float32, parameters on "meta"."""
-    import transformers
-
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{config.model_type}: models with an encoder and a decoder are not taken: quantize a decoder or an encoder"
         )
-    config = _for_eager_experts(config)
-    named = (config.architectures or [""])[0]
-    cls = getattr(transformers, named, None)
-    with _WithoutMemory(), _quiet():
-        if cls is not None and not hasattr(config, "auto_map"):
-            model = cls._from_config(config, dtype=torch.float32)
-        else:
-            model = _by_auto_class(config, trust_remote_code=trust_remote_code)
+    plain = _without_quantization(config)
+    try:
+        with _WithoutMemory(), _quiet():
+            model = _native(plain) or _by_auto_class(plain, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
+    except _MISFITS as error:
+        raise ModelError(
+            f"transformers cannot build a model of type {config.model_type!r} from this config: {_first_line(error)}"
+        ) from error
     assert isinstance(model, nn.Module)
+    _empty_parameters(model)
     return model.eval()
 
 
-def _for_eager_experts(config: Any) -> Any:
+def _without_quantization(config: Any) -> Any:
+    """A copy that does not speak of the quantization of the checkpoint, which is undone on reading."""
+    plain = deepcopy(config)
+    for part in (plain, plain.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     # Experts are observed where each one's linear map is called, so they must not run as one grouped product.
-    # The quantization of an already quantized checkpoint is undone on reading.
-    config._experts_implementation = "eager"
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
+    plain._experts_implementation = "eager"
+    return plain
+
+
+def _native(config: Any) -> Any:
+    """The class of transformers itself that the config names; None where the model's own code must say."""
+    import transformers
+
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is None or not type(config).__module__.startswith("transformers."):
+        return None
+    return cls._from_config(config, dtype=torch.float32)
 
 
 def _by_auto_class(config: Any, *, trust_remote_code: bool) -> Any:
@@ -81,10 +100,20 @@ def _by_auto_class(config: Any, *, trust_remote_code: bool) -> Any:
 
     for auto in (AutoModelForCausalLM, AutoModel):
         try:
-            return auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            return auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
         except ValueError as error:
             reason = _first_line(error)
     raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {reason}")
+
+
+def _empty_parameters(model: nn.Module) -> None:
+    """Every parameter on "meta", those too that were made as ones or zeros; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                module._parameters[name] = made.setdefault(id(parameter), empty)
 
 
 @contextmanager
@@ -92,7 +121,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -110,12 +139,19 @@ def find_blocks(model: nn.Module) -> list[str]:
             sizes[name] = sum(parameter.numel() for parameter in module.parameters())
     if not sizes or max(sizes.values()) == 0:
         raise ModelError(
-            f"{type(model).__name__}: no repeated blocks were found (no ModuleList with weights outside vision and audio "
-            "towers), so it cannot be streamed block by block"
+            f"{type(model).__name__}: no repeated blocks were found (no ModuleList with weights outside vision and "
+            "audio towers), so it cannot be streamed block by block"
         )
     widest = max(sizes, key=lambda name: sizes[name])
     blocks = model.get_submodule(widest)
     assert isinstance(blocks, nn.ModuleList)
+    config: Any = model.config
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and len(blocks) < layers:
+        raise ModelError(
+            f"{type(model).__name__}: {layers} layers are made of {len(blocks)} blocks ({widest}): a model that uses a "
+            "block more than once cannot be streamed block by block"
+        )
     return [f"{widest}.{index}" for index in range(len(blocks))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pennyweight.core.parallel import parallel_map
+from pennyweight.core.errors import ModelError
+from pennyweight.core.parallel import one_thread_per_operation, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.decoders import decoded
@@ -48,6 +50,7 @@ class StreamedModel:
         self.config = read_config(path, trust_remote_code=trust_remote_code)
         self.module = build(self.config, trust_remote_code=trust_remote_code)
         self.weights = WeightMap(self.module, self.checkpoint)
+        self._untie()
         self.blocks = find_blocks(self.module)
         found = find_sites(self.module, self.blocks, self.weights)
         self.sites: list[Site] = found.sites
@@ -57,8 +60,7 @@ class StreamedModel:
         self._outside: dict[int, Tensor] = {}
         self._loading = threading.Lock()
         self._returns_tuple = False
-        if self.device.type != "cpu":
-            _move_buffers(self.module, self.device)
+        self._read_buffers()
 
     @property
     def is_decoder(self) -> bool:
@@ -67,7 +69,9 @@ class StreamedModel:
 
     @property
     def tied_head(self) -> bool:
-        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False)) and self.is_decoder
+        tied = {id(parameter) for parameter in self.module.get_input_embeddings().parameters()}  # type: ignore[operator]
+        head = self.module.get_output_embeddings()  # type: ignore[operator]
+        return head is not None and any(id(parameter) in tied for parameter in head.parameters())
 
     def sites_of(self, block: int) -> list[Site]:
         return [site for site in self.sites if site.block == block]
@@ -81,10 +85,10 @@ class StreamedModel:
     # -- running ------------------------------------------------------------------------------------------------
 
     def start(self, batches: Sequence[Tensor]) -> Stream:
-        """Run the part before the blocks on `batches` of token ids [windows, tokens], and note what each block is given."""
+        """Run the part before the blocks on `batches` of token ids [windows, tokens]; note what each block is given."""
         stream = Stream([batch.to(self.device) for batch in batches], [], [])
         canonical: list[Tensor] = []
-        with torch.no_grad(), self.opened(0) as first:
+        with torch.no_grad(), one_thread_per_operation(), self.opened(0) as first:
             self._returns_tuple = self._probe(first, stream.input_ids[0])
             for ids in stream.input_ids:
                 recorded, hidden = self._record(ids)
@@ -97,7 +101,7 @@ class StreamedModel:
 
     def run_block(self, block: nn.Module, index: int, stream: Stream, *, seen: Callable[[int], Seen] | None = None,
                   watched: Watched | None = None, batches: Sequence[int] | None = None) -> list[Tensor]:  # fmt: skip
-        """Outputs of block `index` for `batches` (all), one thread a batch; `seen(batch)` gets each linear map's input."""
+        """Outputs of block `index` for `batches` (all), one thread a batch; `seen(batch)` gets linear maps' inputs."""
 
         def one(batch: int) -> Tensor:
             args, kwargs = stream.arguments[batch][index]
@@ -110,8 +114,8 @@ class StreamedModel:
 
     @contextmanager
     def finishing(self, stream: Stream) -> Iterator[Callable[[int], Tensor]]:
-        """A function that runs the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens, vocabulary]
-        of a decoder, the last hidden state of an encoder. It may be called from several threads."""
+        """A function that runs the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens,
+        vocabulary] of a decoder, the last hidden state of an encoder. It may be called from several threads."""
         own = threading.local()
 
         def skip(*args: Any, **kwargs: Any) -> Any:
@@ -119,9 +123,10 @@ class StreamedModel:
 
         def finish(batch: int) -> Tensor:
             own.final = stream.hidden[batch]
-            with torch.no_grad(), Intercept(load=self._load):
+            with torch.no_grad(), one_thread_per_operation(), Intercept(load=self._load):
                 out = self.module(**call_arguments(self.module, stream.input_ids[batch]))
-            return out.logits if self.is_decoder else out.last_hidden_state  # type: ignore[no-any-return]
+            logits = getattr(out, "logits", None)
+            return out.last_hidden_state if logits is None else logits  # type: ignore[no-any-return]
 
         with self._patched([skip] * len(self.blocks)):
             yield finish
@@ -136,11 +141,7 @@ class StreamedModel:
             answer.append(isinstance(original(*args, **kwargs), tuple))
             raise _Enough
 
-        with self._patched([look]), Intercept(load=self._load):
-            try:
-                self.module(**call_arguments(self.module, ids[:1, :8]))
-            except _Enough:
-                pass
+        self._run_with([look], ids[:1, :8])
         return answer[0]
 
     def _record(self, ids: Tensor) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], Tensor]:
@@ -148,19 +149,39 @@ class StreamedModel:
         hidden: list[Tensor] = []
 
         def note(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else kwargs.pop("hidden_states")
+            first = args[0] if args else kwargs.pop(self._first_name())
+            if hidden and first is not hidden[0]:
+                raise ModelError(
+                    f"{type(self.module).__name__} changes the hidden state between its blocks, "
+                    "so they cannot be run one after the other"
+                )
             hidden.append(first)
             recorded.append((args[1:], kwargs))
             if len(recorded) == len(self.blocks):
                 raise _Enough
             return self._wrap(first)
 
-        with self._patched([note] * len(self.blocks)), Intercept(load=self._load):
+        self._run_with([note] * len(self.blocks), ids)
+        return recorded, hidden[0]
+
+    def _run_with(self, functions: Sequence[Callable[..., Any]], ids: Tensor) -> None:
+        """Run the model on `ids` with `functions` in place of its first blocks, until one of them has seen enough."""
+        with self._patched(functions), Intercept(load=self._load):
             try:
                 self.module(**call_arguments(self.module, ids))
             except _Enough:
-                pass
-        return recorded, hidden[0]
+                return
+            except (TypeError, ValueError, IndexError, AttributeError) as error:
+                raise ModelError(
+                    f"{type(self.module).__name__} cannot be run on text alone, block by block: {error}"
+                ) from error
+        raise ModelError(
+            f"{type(self.module).__name__}: a pass over text does not run all blocks ({self.blocks[0]}, ...)"
+        )
+
+    def _first_name(self) -> str:
+        block = type(self.module.get_submodule(self.blocks[0]))
+        return list(inspect.signature(block.forward).parameters)[1]
 
     def _wrap(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
@@ -170,12 +191,27 @@ class StreamedModel:
         """The first blocks call `functions` in place of their own forward."""
         modules = [self.module.get_submodule(name) for name in self.blocks[: len(functions)]]
         for module, function in zip(modules, functions, strict=True):
-            module.forward = function  # type: ignore[method-assign]
+            module.forward = function
         try:
             yield
         finally:
             for module in modules:
                 del module.forward
+
+    def _untie(self) -> None:
+        """Give a parameter of its own to what the config ties but the checkpoint has two different tensors for."""
+        for name in self.weights.untied():
+            _set(self.module, name, nn.Parameter(self.module.get_parameter(name).detach().clone(), requires_grad=False))
+
+    def _read_buffers(self) -> None:
+        """Buffers are small: those in the checkpoint are read, the others are what the model made them."""
+        for path, buffer in list(self.module.named_buffers()):
+            if path in self.weights.sources:
+                buffer = self.weights.read(path).to(buffer.dtype)
+            elif buffer.is_meta:
+                raise ModelError(f"{type(self.module).__name__}: the buffer {path} has no value before it is used")
+            owner, _, name = path.rpartition(".")
+            self.module.get_submodule(owner)._buffers[name] = buffer.to(self.device)
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -198,12 +234,9 @@ class StreamedModel:
         block = self.module.get_submodule(name)
         empty = dict(block.named_parameters())
         try:
-            for path, parameter in empty.items():
+            for path in empty:
                 value = self.weights.read(f"{name}.{path}").to(self.device)
                 _set(block, path, nn.Parameter(value, requires_grad=False))
-            for path, buffer in block.named_buffers():
-                if f"{name}.{path}" in self.weights.sources:
-                    buffer.copy_(self.weights.read(f"{name}.{path}"))
             yield block
         finally:
             for path, parameter in empty.items():
@@ -215,8 +248,15 @@ class StreamedModel:
         return place.view(self.module.get_parameter(place.parameter).data)
 
     def watched(self, sites: Sequence[Site]) -> Watched:
-        """For `run_block`: recognises the sites of an opened block by where their weights lie in memory."""
-        return Watched({site.name: self.matrix(site) for site in sites})
+        """For `run_block` in calibration: recognises the sites of an opened block by where their weights lie.
+
+        Their maps run in bfloat16 where the checkpoint is bfloat16 and the processor has instructions for it.
+        """
+        stored = {self.checkpoint.tensors[site.tensor].dtype for site in self.sites}
+        is_fast = self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return Watched(
+            {site.name: self.matrix(site) for site in sites}, is_narrow=is_fast and stored == {torch.bfloat16}
+        )
 
 
 class _Enough(Exception):
@@ -226,13 +266,6 @@ class _Enough(Exception):
 def _set(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
     owner, _, name = path.rpartition(".")
     module.get_submodule(owner)._parameters[name] = parameter
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                owner._buffers[name] = buffer.to(device)
 
 
 def _shared(value: Any, canonical: list[Tensor]) -> Any:

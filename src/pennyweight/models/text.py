@@ -18,7 +18,7 @@ BUILT_IN = "built-in"
 # Marks the end of a document in plain text files, as in TinyStories.
 _SEPARATOR = "<|endoftext|>"
 # Tokens of a batch: enough rows for an efficient product, few enough to leave one batch for each thread.
-_BATCH_TOKENS = 1024
+_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,26 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
-            f"{path} has no tokenizer that can be loaded ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
-            "add its tokenizer files, or use --calibration none"
+            f"{path} has no tokenizer that can be loaded ({_first_line(error)}): add its tokenizer files, or use "
+            "--calibration none"
         ) from error
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
+
+
 def documents(source: str, tokenizer: Any) -> list[str]:
-    """The documents of `source`: a text file, a .jsonl with `text` or `messages` (through the chat template), a directory
-    of such files, or "built-in". Raises DataError."""
+    """The documents of `source`: a text file, a .jsonl with `text` or `messages` (through the chat template), a
+    directory of such files (and .md), or "built-in". Raises DataError."""
     if source == BUILT_IN:
-        return [files("pennyweight.models").joinpath("calibration.txt").read_text(encoding="utf-8")]
+        built_in = files("pennyweight.models").joinpath("calibration.txt").read_text(encoding="utf-8")
+        return built_in.split(_SEPARATOR)
     path = Path(source)
     if not path.exists():
         raise DataError(f"{source} does not exist: give a text file, a .jsonl file, a directory of them, or 'none'")
     parts = (
-        sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".json", ".md"))
+        sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (".txt", ".jsonl", ".md"))
         if path.is_dir()
         else [path]
     )
@@ -86,8 +91,17 @@ def _record(path: Path, number: int, line: str, tokenizer: Any) -> str:
             raise DataError(
                 f"{path}, line {number}: `messages` need a chat template and this tokenizer has none: give `text`"
             )
-        return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+        return _chat(path, number, record["messages"], tokenizer)
     raise DataError(f"{path}, line {number}: an object with a `text` string or a `messages` list is expected")
+
+
+def _chat(path: Path, number: int, messages: list[Any], tokenizer: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}, line {number}: the chat template does not take these `messages`: {error}") from error
 
 
 def special_tokens(tokenizer: Any) -> Prefixes:
@@ -105,8 +119,8 @@ def windows(
 ) -> Tensor:
     """Token ids int64 [windows, length] cut from `texts` one after the other, each window with its special tokens.
 
-    `count` windows are drawn without replacement in the order of the text (`seed`), all when None. Raises DataError where
-    there is less than one window.
+    `count` windows are drawn without replacement in the order of the text (`seed`), all when None. Raises DataError
+    where there is less than one window.
     """
     special = special_tokens(tokenizer)
     body = length - len(special.before) - len(special.after)
@@ -115,7 +129,7 @@ def windows(
     ids: list[int] = []
     for text in texts:
         # Documents of one text file follow each other as they would in training.
-        ids.extend(special.before if ids else [])
+        ids.extend([*special.after, *special.before] if ids else [])
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     total = len(ids) // body
     if total == 0:
@@ -132,8 +146,8 @@ def windows(
 
 
 def batches(token_windows: Tensor) -> list[Tensor]:
-    """Windows [n, length] in batches of about a thousand tokens; the cut depends on nothing but the length."""
-    return list(token_windows.split(max(1, _BATCH_TOKENS // token_windows.shape[1])))
+    """Windows [n, length] in batches of about five hundred tokens; the cut depends on nothing but the length."""
+    return list(torch.split(token_windows, max(1, _BATCH_TOKENS // token_windows.shape[1])))
 
 
 def context_length(config: Any) -> int | None:

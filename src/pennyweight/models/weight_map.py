@@ -30,7 +30,7 @@ class Source:
 class WeightMap:
     """Parameter (or buffer) name -> Source; `unused` are checkpoint tensors that the model has no place for.
 
-    Raises CheckpointError that names the parameters for which the checkpoint has nothing.
+    Raises CheckpointError that names the parameters for which the checkpoint has nothing, or a tensor of another shape.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -50,6 +50,7 @@ class WeightMap:
             self._place(key)
         self.tied = {name: str(origin) for name, origin in getattr(model, "all_tied_weights_keys", {}).items()}
         self._check_complete()
+        self._check_shapes()
 
     def _place(self, key: str) -> None:
         from transformers.core_model_loading import rename_source_key
@@ -84,6 +85,26 @@ class WeightMap:
                 f"they do not belong to this config ({type(self._model).__name__}), or a shard is missing"
             )
 
+    def _check_shapes(self) -> None:
+        """Make every parameter from tensors without memory, which has all of reading it but the reading."""
+        for name in self.sources:
+            self._made(name, [self._without_memory(key) for key in self.sources[name].keys])
+
+    def _without_memory(self, key: str) -> Tensor:
+        info = self._checkpoint.tensors[key]
+        return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+    def untied(self) -> list[str]:
+        """Parameters that the config ties to another one although the checkpoint has different values for them.
+
+        As in transformers, such parameters are not tied; they are no longer in `tied`.
+        """
+        both = [(name, origin) for name, origin in self.tied.items() if {name, origin} <= self.sources.keys()]
+        different = [name for name, origin in both if not torch.equal(self.read(name), self.read(origin))]
+        for name in different:
+            del self.tied[name]
+        return different
+
     def _tied_source(self, name: str) -> str | None:
         for left, right in self.tied.items():
             for this, other in ((left, right), (right, left)):
@@ -98,22 +119,31 @@ class WeightMap:
             origin = self._tied_source(name)
             assert origin is not None, name
             return self.read(origin)
+        return self._made(name, [_as_float32(self._checkpoint.read(key)) for key in source.keys])
+
+    def _made(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """The parameter `name` from the checkpoint's `tensors`; raises CheckpointError where its shape is wrong."""
+        source = self.sources[name]
         expected = tuple(self._state[name].shape)
-        tensors = [_as_float32(self._checkpoint.read(key)) for key in source.keys]
-        value = tensors[0] if source.converter is None else self._convert(name, source, tensors)
-        if tuple(value.shape) != expected:
+        found = self._convert(name, source, tensors) if source.converter is not None else tensors[-1]
+        if found is None or tuple(found.shape) != expected:
+            shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors[:2])
+            more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
             raise CheckpointError(
-                f"{source.keys[0]}: shape {tuple(value.shape)}, but the config asks for {expected}: "
+                f"{source.keys[0]}{more}: shape {shapes}, but the config asks for {expected} ({name}): "
                 "config.json and the weight files do not belong together"
             )
-        return value
+        return found
 
-    def _convert(self, name: str, source: Source, tensors: list[Tensor]) -> Tensor:
+    def _convert(self, name: str, source: Source, tensors: list[Tensor]) -> Tensor | None:
         converter = deepcopy(source.converter)
         for key, pattern, tensor in zip(source.keys, source.patterns, tensors, strict=True):
             converter.add_tensor(name, key, pattern, tensor)
-        made = converter.convert(name, model=self._model, config=self._model.config)
-        value = made[name]
+        try:
+            made = converter.convert(name, model=self._model, config=self._model.config)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
+            return None
+        value: Tensor | list[Tensor] | None = made.get(name)
         return value[0] if isinstance(value, list) else value
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pennyweight.models.base import Site
+from pennyweight.core.memory import give_back_memory
+from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.pipeline.collect import SiteStatistics, collect
 from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone, SiteRecord, Tell
-from pennyweight.pipeline.solve import SolvedSite, solve_site
+from pennyweight.pipeline.solve import SolvedSite, check_finite, solve_site
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solver, Statistics
 
@@ -53,15 +54,19 @@ def _one_block(
     if stream is None:
         return [_from_disk(model, output, site, solver=solver, fit=fit) for site in sites]
     with model.opened(index) as block:
+        for site in sites:
+            # Before the block is run: what comes out of NaN would be blamed on other sites.
+            check_finite(model.matrix(site), site.tensor)
         found = collect(model, block, index, stream)
+        give_back_memory()
         records = []
         for site in sites:
-            statistics = found.pop(site.name)
-            solved = _solve(model, output, site, solver=solver, fit=fit, found=statistics)
+            # The last site of an input lets go of its Hessian.
+            solved = _solve(model, output, site, solver=solver, fit=fit, found=found.pop(site.name))
             output.write(site, solved.weight)
             _put_back(model, site, solved)
             records.append(solved.record)
-        del found
+        give_back_memory()
         _advance(model, block, index, stream)
     return records
 
@@ -74,13 +79,21 @@ def _solve(
 
 def _from_disk(model: StreamedModel, output: Output, site: Site, *, solver: Solver, fit: Fit) -> SiteRecord:
     """A site solved without data: its matrix alone is read, not its block."""
-    stored = model.checkpoint.read(site.tensor)
-    matrix = stored if site.index is None else stored[site.index]
-    matrix = (matrix.T if site.transposed else matrix).float().contiguous()
+    matrix = stored_matrix(model.checkpoint, site).float().contiguous()
+    check_finite(matrix, site.tensor)
     nothing = SiteStatistics(Statistics(), 0)
     solved = solve_site(site, matrix.to(model.device), output.plan.schemes[site.name], solver, fit, nothing)
     output.write(site, solved.weight)
     return solved.record
+
+
+def stored_matrix(checkpoint: Checkpoint, site: Site) -> Tensor:
+    """The matrix [out, in] of `site` in its stored type, read without what else its tensor holds."""
+    if site.index is None:
+        matrix = checkpoint.read(site.tensor)
+    else:
+        matrix = checkpoint.read(site.tensor, slice(site.index, site.index + 1))[0]
+    return matrix.T if site.transposed else matrix
 
 
 def _put_back(model: StreamedModel, site: Site, solved: SolvedSite) -> None:
@@ -99,4 +112,4 @@ def _replay(model: StreamedModel, output: Output, index: int, stream: Stream) ->
 
 def _advance(model: StreamedModel, block: nn.Module, index: int, stream: Stream) -> None:
     if index + 1 < len(model.blocks):
-        stream.hidden = model.run_block(block, index, stream)
+        stream.hidden = model.run_block(block, index, stream, watched=model.watched(model.sites_of(index)))

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from pennyweight.pipeline.records import Recipe, SiteRecord
+from pennyweight.pipeline.records import Recipe
 from pennyweight.plan.plan import Plan
 
+_CARD = """# {name}, quantized
 
-def model_card(source: Path, recipe: Recipe, plan: Plan, records: Sequence[SiteRecord]) -> str:
-    """What the artefact is, how it was made and how to load it, above the original model's card."""
+Weights of {sites} linear maps stored as `{scheme}`, chosen by `{solver}` ({data}); {kept} kept in float. Made by \
+Pennyweight.
+
+```python
+from transformers import {auto}
+model = {auto}.from_pretrained("path/to/this/directory")
+```
+
+Needs `transformers` and **`compressed-tensors` 0.18 or later**: older versions misread codes of 3, 5, 6 and 7 bits.
+What each layer lost, what was kept in float and why, hashes and verification: `pennyweight.json`{notes}.
+"""
+
+
+def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: int, is_decoder: bool) -> str:
+    """What the artefact is, how it was made and how to load it, above the card of the original in `source`."""
     original = source / "README.md"
     body = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
-    front, body = _front_matter(body)
-    notes = sum(bool(record.notes) for record in records)
-    lines = [
-        f"# {source.name}, quantized",
-        "",
-        f"Weights of {len(plan.schemes)} linear maps stored as `{recipe.scheme}`, chosen by `{recipe.solver}`"
-        f" ({_data(recipe)}); {len(plan.kept)} kept in float. Made by Pennyweight.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM" if recipe.container else "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")   # or AutoModel for an encoder',
-        "```",
-        "",
-        "Needs `transformers` and **`compressed-tensors` 0.18 or later**: older versions misread codes of 3, 5, 6 and 7 bits.",
-        "What each layer lost, what was kept in float and why, hashes and verification: `pennyweight.json`"
-        + (f" ({notes} layers carry notes)." if notes else "."),
-        "Not verified in vLLM." if recipe.runtime == "vllm" else "",
-    ]
-    text = "\n".join(line for line in lines if line is not None) + "\n"
-    return front + text + (f"\n---\n\n{body}" if body.strip() else "")
+    front, body = _front_matter(body.replace("\r\n", "\n"))
+    card = _CARD.format(
+        name=name,
+        sites=len(plan.schemes),
+        scheme=recipe.scheme,
+        solver=recipe.solver,
+        data=_data(recipe),
+        kept=len(plan.kept),
+        auto="AutoModelForCausalLM" if is_decoder else "AutoModel",
+        notes=f" ({notes} layers carry notes)" if notes else "",
+    )
+    if recipe.runtime == "vllm":
+        card += "Not verified in vLLM.\n"
+    return _with_ours(front, name) + card + (f"\n---\n\n{body}" if body.strip() else "")
 
 
 def _data(recipe: Recipe) -> str:
@@ -40,9 +47,21 @@ def _data(recipe: Recipe) -> str:
     return "no calibration data" if data is None else f"{data.samples} windows of {data.length} tokens"
 
 
-def _front_matter(card: str) -> tuple[str, str]:
-    """The YAML block at the head of a model card (licence, tags) and the rest."""
-    if card.startswith("---\n") and "\n---" in card[4:]:
-        end = card.index("\n---", 4) + 4
-        return card[:end].rstrip() + "\n\n", card[end:].lstrip("-\n")
-    return "", card
+def _front_matter(card: str) -> tuple[list[str], str]:
+    """The lines of the YAML block at the head of a model card (licence, tags), and the rest."""
+    lines = card.split("\n")
+    if lines[0] != "---" or "---" not in lines[1:]:
+        return [], card
+    end = lines.index("---", 1)
+    return lines[1:end], "\n".join(lines[end + 1 :]).lstrip("\n")
+
+
+def _with_ours(front: list[str], name: str) -> str:
+    """A YAML block that keeps what the original's says and, for a model of the Hub, names it."""
+    ours = {"base_model": f'"{name}"', "base_model_relation": "quantized", "quantized_by": "pennyweight"}
+    given = {line.split(":")[0] for line in front}
+    if "base_model" in given or "/" not in name:
+        # The card may name one base model only, and by its Hub id.
+        del ours["base_model"], ours["base_model_relation"]
+    added = [f"{key}: {value}" for key, value in ours.items() if key not in given]
+    return "\n".join(["---", *front, *added, "---", "", ""])

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from pennyweight.models.base import Site
-from pennyweight.models.intercept import Seen
+from pennyweight.models.intercept import Seen, Watched
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.solvers.base import Statistics
 from pennyweight.stats.second_moment import SecondMoment
 
 # Tokens whose activations are held at once: a constant, so that sums are cut alike on every machine.
-_ROUND_TOKENS = 4096
+_ROUND_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,22 @@ class SiteStatistics:
 
 @dataclass
 class _Inputs:
-    """What one batch showed: for each site the leader whose input it shares, for each leader its rows."""
+    """What one batch showed.
 
-    leaders: dict[str, str]
-    rows: dict[str, list[Tensor]]
+    leaders  site -> the site whose input it shares, itself if it was called first
+    inputs   leader -> its inputs [..., in], and the versions that these tensors had when it was called
+    copied   whether `inputs` are copies, for a block that changes its tensors in place
+    held     what was copied: no other input can take its memory, and so its key, while the batch runs
+    """
+
+    copied: bool
+    leaders: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_overwritten(self) -> bool:
+        return any(x._version != version for seen in self.inputs.values() for x, version in seen)
 
 
 def collect(model: StreamedModel, block: nn.Module, index: int, stream: Stream) -> dict[str, SiteStatistics]:
@@ -44,19 +55,34 @@ def collect(model: StreamedModel, block: nn.Module, index: int, stream: Stream) 
     """
     sites = model.sites_of(index)
     watched = model.watched(sites)
+    experts = {site.name for site in sites if site.kind == "expert"}
     leaders: dict[str, str] = {}
     moments: dict[str, SecondMoment] = {}
+    copied = False
     for batches in _rounds(stream):
-        inputs = {batch: _Inputs({}, {}) for batch in batches}
-
-        def seen(batch: int, inputs: dict[int, _Inputs] = inputs) -> Seen:
-            return _observer(inputs[batch])
-
-        model.run_block(block, index, stream, seen=seen, watched=watched, batches=batches)
-        for batch in batches:
-            leaders.update({name: leader for name, leader in inputs[batch].leaders.items() if name not in leaders})
-        _accumulate(moments, leaders, [inputs[batch] for batch in batches])
+        found = _run(model, block, index, stream, watched=watched, batches=batches, copied=copied)
+        if any(batch.is_overwritten for batch in found):
+            copied = True
+            found = _run(model, block, index, stream, watched=watched, batches=batches, copied=True)
+        for batch in found:
+            leaders.update({name: leader for name, leader in batch.leaders.items() if name not in leaders})
+        _accumulate(moments, leaders, found, experts)
     return _statistics(sites, leaders, moments)
+
+
+def _run(
+    model: StreamedModel,
+    block: nn.Module,
+    index: int,
+    stream: Stream,
+    *,
+    watched: Watched,
+    batches: Sequence[int],
+    copied: bool,
+) -> list[_Inputs]:
+    found = {batch: _Inputs(copied) for batch in batches}
+    model.run_block(block, index, stream, seen=lambda batch: _observer(found[batch]), watched=watched, batches=batches)
+    return [found[batch] for batch in batches]
 
 
 def _rounds(stream: Stream) -> list[list[int]]:
@@ -71,32 +97,38 @@ def _rounds(stream: Stream) -> list[list[int]]:
     return rounds
 
 
-def _observer(inputs: _Inputs) -> Seen:
+def _observer(found: _Inputs) -> Seen:
     leader_of: dict[tuple[object, ...], str] = {}
 
     def seen(names: list[str], x: Tensor) -> None:
-        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
+        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
         leader = leader_of.setdefault(key, names[0])
-        # The rows are held until the round ends, so no other input can take their memory and their key.
         if leader == names[0]:
-            inputs.rows.setdefault(leader, []).append(x)
+            if found.copied:
+                found.held.append(x)
+            kept = x.clone() if found.copied else x
+            found.inputs.setdefault(leader, []).append((kept, kept._version))
         for name in names:
-            inputs.leaders.setdefault(name, leader)
+            found.leaders.setdefault(name, leader)
 
     return seen
 
 
-def _accumulate(moments: dict[str, SecondMoment], leaders: Mapping[str, str], inputs: Sequence[_Inputs]) -> None:
+def _accumulate(
+    moments: dict[str, SecondMoment], leaders: Mapping[str, str], found: Sequence[_Inputs], experts: set[str]
+) -> None:
     for leader in sorted(set(leaders.values())):
-        rows = [x for batch in inputs for x in batch.rows.get(leader, [])]
-        if not rows:
+        inputs = [x for batch in found for x, _ in batch.inputs.pop(leader, [])]
+        if not inputs:
             continue
-        x = torch.cat(rows) if len(rows) > 1 else rows[0]
+        parts = [x.reshape(-1, x.shape[-1]) for x in inputs]
+        inputs.clear()
+        if leader in experts:
+            # Where all experts run on all tokens, those that were not routed to this one are zeros.
+            parts = [x[x.any(dim=1)] for x in parts]
         if leader not in moments:
-            moments[leader] = SecondMoment.zero(x.shape[1], x.device)
-        moments[leader] = moments[leader].update_(x)
-        for batch in inputs:
-            batch.rows.pop(leader, None)
+            moments[leader] = SecondMoment.zero(parts[0].shape[1], parts[0].device)
+        moments[leader] = moments[leader].update_(parts)
 
 
 def _statistics(
@@ -111,7 +143,7 @@ def _statistics(
         if site.kind == "expert":
             key = f"expert {leader or _pool(site)}"
             found[site.name] = _expert(site, moment, pooled.get(_pool(site)), shared, key)
-        elif moment is None or leader is None:
+        elif moment is None or leader is None or not moment.rows:
             found[site.name] = SiteStatistics(Statistics(), 0, ("saw no calibration data: rounded to nearest",))
         else:
             if leader not in shared:
@@ -132,7 +164,7 @@ def _pooled(
     counted: set[str] = set()
     for site in sites:
         leader = leaders.get(site.name)
-        if site.kind != "expert" or leader not in moments or f"{_pool(site)} {leader}" in counted:
+        if site.kind != "expert" or leader is None or leader not in moments or f"{_pool(site)} {leader}" in counted:
             continue
         counted.add(f"{_pool(site)} {leader}")
         moment = moments[leader]
@@ -151,6 +183,7 @@ def _expert(
     with the Hessian pooled over the layer's experts; without any data in the layer, none.
     """
     rows = own.rows if own is not None else 0
+    own = own if rows else None
     inputs = site.shape[1]
     if pool is None:
         return SiteStatistics(Statistics(), 0, ("no expert of the layer saw calibration data: rounded to nearest",))
@@ -162,4 +195,6 @@ def _expert(
         share = rows / inputs
         shared[key] = Statistics(pool if own is None else own.hessian_().mul_(share).add_(pool, alpha=1 - share))
     note = f"saw {rows} of the {inputs} rows that a Hessian needs: blended with the layer's pooled one"
+    if own is None:
+        note = "saw no rows: the layer's pooled Hessian is used"
     return SiteStatistics(shared[key], rows, (note,))

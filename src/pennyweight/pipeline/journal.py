@@ -1,24 +1,51 @@
-"""The journal of a run: which parts of the output are already on disk, in a work directory keyed by the run's inputs."""
+"""The journal of a run: which parts of the output are on disk, in a work directory keyed by the run's inputs."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pennyweight.core.files import to_json
+from pennyweight.core.errors import UsageError
+from pennyweight.core.files import to_json, write_text
 from pennyweight.pipeline.records import Recipe, SiteRecord
 
-_NAME = "journal.jsonl"
+NAME = "journal.jsonl"
 
 
-def work_directory(out: Path, recipe: Recipe, version: str) -> Path:
-    """Where the run that makes `out` from `recipe` works: beside `out`, named by a hash of everything that shapes it."""
-    key = hashlib.sha256((to_json(recipe) + version).encode()).hexdigest()[:12]
-    return out.parent / f".{out.name}.work-{key}"
+def work_directory(out: Path, recipe: Recipe, versions: Mapping[str, str]) -> Path:
+    """Where the run that makes `out` from `recipe` works: beside `out`, named by a hash of what shapes it."""
+    key = hashlib.sha256((to_json(recipe) + to_json(versions)).encode()).hexdigest()[:12]
+    return out.parent / f"{_prefix(out)}{key}"
+
+
+def other_work_directories(out: Path, own: Path) -> list[str]:
+    """Names of what runs with other inputs or another recipe left unfinished beside `out`."""
+    found = (path for path in out.parent.iterdir() if path.name.startswith(_prefix(out)) and path.is_dir())
+    return sorted(path.name for path in found if path != own)
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.work-"
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Keeps a second run out of a work directory; raises UsageError where one is in it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UsageError(f"{directory}: another run is making the same output: wait for it, or stop it") from error
+    finally:
+        os.close(descriptor)
 
 
 @dataclass
@@ -30,21 +57,23 @@ class Journal:
 
     @staticmethod
     def open(directory: Path) -> Journal:
-        """The journal of a work directory, empty when it is new; a last line cut short by a crash does not count."""
-        path = directory / _NAME
+        """The journal of a work directory, empty when it is new; a damaged line and what follows it are dropped."""
+        path = directory / NAME
         finished: dict[str, list[SiteRecord]] = {}
         if path.exists():
-            good = ""
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            text, good = path.read_text(encoding="utf-8", errors="replace"), ""
+            for line in text.splitlines(keepends=True):
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:
+                    part, sites = entry["part"], [_site_record(record) for record in entry["sites"]]
+                except (ValueError, KeyError, TypeError):
                     break
                 if not line.endswith("\n"):
                     break
                 good += line
-                finished[entry["part"]] = [_site_record(record) for record in entry["sites"]]
-            path.write_text(good, encoding="utf-8")
+                finished[part] = sites
+            if good != text:
+                write_text(path, good)
         return Journal(path, finished)
 
     def add(self, part: str, sites: list[SiteRecord]) -> None:
@@ -60,8 +89,14 @@ class Journal:
         """Remove the journal: the output is complete."""
         self.path.unlink(missing_ok=True)
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks are finished."""
+        return sum(part.startswith("block ") for part in self.finished)
+
 
 def _site_record(entry: dict[str, object]) -> SiteRecord:
     notes = entry.pop("notes")
-    assert isinstance(notes, list)
+    if not isinstance(notes, list):
+        raise TypeError("notes")
     return SiteRecord(**entry, notes=tuple(notes))  # type: ignore[arg-type]

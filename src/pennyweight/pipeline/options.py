@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import get_args
 
+from pennyweight.core.errors import UsageError
+from pennyweight.core.registry import find
 from pennyweight.models.text import BUILT_IN
+from pennyweight.schemes import parse_scheme
 from pennyweight.schemes.fit import Fit
+from pennyweight.solvers.base import Solver
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,29 @@ class Options:
     device: str = "cpu"
     trust_remote_code: bool = False
 
-    def calibration_source(self, *, needs_hessian: bool) -> str | tuple[str, ...] | None:
+    def check(self) -> None:
+        """Raises UsageError for what can be seen without the model."""
+        parse_scheme(self.scheme)
+        if self.fit not in get_args(Fit):
+            raise UsageError(f"--fit {self.fit}: give {' or '.join(get_args(Fit))}")
+        if self.samples < 1:
+            raise UsageError(f"--samples {self.samples}: give at least 1")
+        if self.configured_solver.needs_hessian and self.calibration_source is None:
+            raise UsageError(
+                f"--solver {self.solver} needs calibration data: drop --calibration none, or use --solver nearest"
+            )
+
+    @property
+    def configured_solver(self) -> Solver:
+        """The solver with the fit of scales that was asked for, where it fits any; raises UsageError."""
+        solver = find("solvers", self.solver)
+        fits = is_dataclass(solver) and any(field.name == "fit" for field in fields(solver))
+        configured: Solver = replace(solver, fit=self.fit) if fits else solver
+        return configured
+
+    @property
+    def calibration_source(self) -> str | tuple[str, ...] | None:
         """The source of calibration text, or None for a data-free run."""
         if self.calibration is None:
-            return BUILT_IN if needs_hessian else None
+            return BUILT_IN if self.configured_solver.needs_hessian else None
         return None if self.calibration == "none" else self.calibration

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pennyweight.containers.base import Container
 from pennyweight.containers.weight_files import OpenWeightFiles, tensor_bytes
+from pennyweight.core.errors import ContainerError
 from pennyweight.models.base import Checkpoint, Site, TensorInfo
 from pennyweight.pipeline.solve import check_finite
 from pennyweight.plan.plan import Plan
@@ -20,9 +21,12 @@ from pennyweight.schemes import QuantizedWeight
 
 # Bytes of a kept tensor that are in memory at a time.
 _COPY_BYTES = 1 << 24
-# What travels with the weights: tokenizer, chat template, generation settings, licence, and a model's own code.
+# What travels with the weights: tokenizer, chat templates, generation settings, the further modules of a sentence
+# embedder (1_Pooling), licence, and a model's own code.
 _CARRIED = (
     "*.json",
+    "additional_chat_templates/*.jinja",
+    "[0-9]_*/*",
     "*.txt",
     "*.model",
     "*.jinja",
@@ -33,7 +37,10 @@ _CARRIED = (
     "USE_POLICY*",
     "*.py",
 )
-_NOT_CARRIED = {"config.json", "model.safetensors.index.json", "pennyweight.json", "run.json", "README.md"}
+# The last three say how weights that are decoded on reading were quantized, and some runtimes believe them.
+_NOT_CARRIED = {"config.json", "pennyweight.json", "run.json", "README.md",
+                "quantize_config.json", "quant_config.json", "hf_quant_config.json"}  # fmt: skip
+_INDICES = (".safetensors.index.json", ".bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -82,36 +89,53 @@ def weight_entries(
     container: Container, plan: Plan, sites: Sequence[Site], checkpoint: Checkpoint
 ) -> dict[str, TensorInfo]:
     """Every tensor that will be written, in the checkpoint's order."""
-    quantized = {site.tensor: site for site in sites if site.name in plan.schemes}
+    held: dict[str, list[Site]] = {}
+    for site in sites:
+        held.setdefault(site.tensor, []).append(site)
     entries: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
-        site = quantized.get(name)
-        entries.update({name: info} if site is None else container.entries(site, plan.schemes[site.name]))
+        here = [site for site in held.get(name, []) if site.name in plan.schemes]
+        if not here:
+            entries[name] = info
+            continue
+        if len(here) < len(held[name]):
+            raise ContainerError(
+                f"{name}: {len(here)} of the {len(held[name])} matrices in it would be quantized and the others lost: "
+                "quantize all of them, or keep all in float"
+            )
+        for site in here:
+            entries.update(container.entries(site, plan.schemes[site.name]))
     return entries
 
 
 def carried_files(model: Path) -> list[Path]:
     """Files of the model directory that go along unchanged."""
     found = {file for pattern in _CARRIED for file in model.glob(pattern)}
-    weights = {".safetensors.index.json", ".bin.index.json"}
     return sorted(
         file
         for file in found
-        if file.is_file() and file.name not in _NOT_CARRIED and not any(file.name.endswith(end) for end in weights)
+        if file.is_file() and str(file.relative_to(model)) not in _NOT_CARRIED and not file.name.endswith(_INDICES)
     )
 
 
-def write_config(model: Path, directory: Path, quantization_config: Mapping[str, Any]) -> None:
-    """config.json of the model with the container's `quantization_config` in place of any former one."""
+def write_config(model: Path, directory: Path, quantization_config: Mapping[str, Any], *, dtype: str) -> None:
+    """config.json of the model with the container's `quantization_config` in place of any former one.
+
+    `dtype` is what the scales were rounded for: the config says it, so that the runtime loads the model in no other.
+    """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part.pop("quantization_config", None)
             part.pop("compression_config", None)
+    if not any(config.get(key) for key in ("dtype", "torch_dtype")):
+        config["dtype"] = dtype
     config["quantization_config"] = dict(quantization_config)
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def carry(files: Sequence[Path], directory: Path) -> None:
+def carry(model: Path, files: Sequence[Path], directory: Path) -> None:
     for file in files:
-        shutil.copyfile(file, directory / file.name)
+        target = directory / file.relative_to(model)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)

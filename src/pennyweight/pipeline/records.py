@@ -38,7 +38,7 @@ class SiteRecord:
     """How one site fared.
 
     error, error_nearest   tr(E H Eᵀ) / tr(W H Wᵀ) of the result, and of rounding to nearest with the same fit of
-                           scales; H is the identity without data. Over at most 256 evenly spaced rows.
+                           scales; H is the identity without data. Over at most 64 evenly spaced rows.
     rows                   calibration rows that the site's own Hessian was made of
     """
 
@@ -65,19 +65,24 @@ Tell = Callable[[BlockDone], None]
 
 @dataclass
 class RunReport:
-    """What `quantize` returns and prints with --json. Sizes in bytes, times in seconds."""
+    """What `quantize` returns and prints with --json. Sizes in bytes, times in seconds.
+
+    seconds, peak_memory_bytes   without the verification, which has its own in `verification`
+    leftovers                    work directories beside `out` that runs with other inputs or another recipe left
+    """
 
     out: str
-    size_bytes: int
-    budget_bytes: int | None
     bpw: float
     bpw_sites: float
     sites: int
     kept: dict[str, str]
     changed: dict[str, str]
     fallbacks: dict[str, list[str]]
-    seconds: float
-    peak_memory_bytes: int
-    verified: str
+    size_bytes: int = 0
+    budget_bytes: int | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    verified: str = "none"
     verification: dict[str, Any] = field(default_factory=dict)
     resumed_blocks: int = 0
+    leftovers: list[str] = field(default_factory=list)

@@ -18,7 +18,7 @@ from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solver, Statistics
 from pennyweight.solvers.nearest import Nearest, round_to_nearest
 
-_SAMPLED_ROWS = 256
+_SAMPLED_ROWS = 64
 # Rows and columns per product: constants, so that sums are cut alike whatever the number of threads.
 _PRODUCT = 512
 
@@ -41,13 +41,12 @@ def check_finite(w: Tensor, name: str) -> None:
 
 
 def solve_site(site: Site, w: Tensor, scheme: Scheme, solver: Solver, fit: Fit, found: SiteStatistics) -> SolvedSite:
-    """The codes of `site` and its record; `w` float32 [out, in]. Errors carry the site's name."""
-    check_finite(w, site.tensor)
+    """The codes of `site` and its record; `w` float32 [out, in], finite. Errors carry the site's name."""
     chosen: Solver = Nearest(fit) if solver.needs_hessian and found.stats.hessian is None else solver
     try:
         solution = chosen.solve(w, scheme, found.stats)
-    except PennyweightError as error:
-        raise type(error)(f"{site.name}: {error}") from error
+    except PennyweightError as failure:
+        raise type(failure)(f"{site.name}: {failure}") from failure
     error, nearest = _errors(w, solution.weight, found.stats)
     record = SiteRecord(site.name, scheme.name, error, nearest, found.rows, found.notes + solution.notes)
     return SolvedSite(solution.weight, record)

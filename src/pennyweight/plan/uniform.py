@@ -49,7 +49,9 @@ def _choose(name: str, shape: tuple[int, int], scheme: Scheme, why_not: WhyNot) 
                 return _Choice(smaller, refusal)
     channel = scheme.with_granularity(PerChannel())
     last = why_not(channel, name)
-    return _Choice(channel, refusal) if last is None else _Choice(None, refusal if channel == scheme else last)
+    if last is None:
+        return _Choice(channel, refusal)
+    return _Choice(None, refusal if last == refusal else f"{refusal}; {last}")
 
 
 def _refusal(name: str, shape: tuple[int, int], scheme: Scheme, why_not: WhyNot) -> str | None:

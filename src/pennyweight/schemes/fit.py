@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import ShapeError
-from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.core.parallel import chunks, one_thread_per_operation, parallel_map
+from pennyweight.formats.integer import Int
+from pennyweight.kernels.native import STORED, kernel_table, native
 from pennyweight.schemes.quantized import grouped
-from pennyweight.schemes.scheme import Scheme
+from pennyweight.schemes.scheme import PerTensor, Scheme
 
 Fit = Literal["minmax", "search"]
 
@@ -44,19 +46,20 @@ def fit_scales(
     over a grid of shrunken ranges, symmetric ones with the sign that gives the longer side of the range to the
     larger extreme, followed by least-squares steps for the scale, s = sum(h w q) / sum(h q q), kept where better.
     `importance` [in] is the Hessian's diagonal; ones without data. Scales are rounded to the stored type before
-    any error is computed. A group of equal weights c gets scale c or -c and decodes to c as exactly as the stored type holds it;
-    a group of zeros gets scale 1.
+    any error is computed. A group of equal weights c gets scale c or -c and decodes to c as exactly as the stored type
+    holds it; a group of zeros gets scale 1. Raises ShapeError.
     """
     rows, groups = scheme.scale_shape(tuple(w.shape))
     if 0 in w.shape:
         empty = torch.ones(rows, groups, dtype=scheme.scale.torch_dtype, device=w.device)
         return empty, torch.zeros(rows, groups, dtype=torch.int16, device=w.device) if scheme.zero else None
     view = grouped(w.float(), scheme)
-    weights = None if importance is None else _per_weight(importance, w.shape[1], view)
+    weights = None if importance is None else _per_weight(importance, scheme, tuple(w.shape))
     per_chunk = max(1, _CHUNK // max(1, view.shape[1] * view.shape[2]))
 
     def one(part: slice) -> _Candidate:
-        return _fit_chunk(view[part], scheme, weights=weights, fit=fit)
+        # Contiguous: sums over strided weights are added in another order.
+        return _fit_chunk(view[part].contiguous(), scheme, weights=weights, fit=fit)
 
     parts = parallel_map(one, chunks(view.shape[0], per_chunk))
     scales = torch.cat([part.scales for part in parts])[..., 0].to(scheme.scale.torch_dtype)
@@ -64,25 +67,25 @@ def fit_scales(
     return scales, torch.cat(zeros)[..., 0].to(torch.int16) if zeros else None
 
 
-def _per_weight(importance: Tensor, columns: int, view: Tensor) -> Tensor:
-    """Importance [in] in the shape that broadcasts over `view` [rows, groups, size]; its mean over each group is 1."""
-    if tuple(importance.shape) != (columns,):
-        raise ShapeError(
-            f"importance of shape {tuple(importance.shape)} for {columns} columns: give one number for each"
-        )
-    shared = importance.float().repeat(view.numel() // columns) if view.shape[0] == 1 else importance.float()
-    shared = shared.reshape(1, *view.shape[1:])
-    mean = shared.mean(-1, keepdim=True)
+def _per_weight(importance: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> Tensor:
+    """Importance [in] in the shape that broadcasts over [rows, groups, size]; its mean over each group is 1."""
+    if tuple(importance.shape) != shape[1:]:
+        raise ShapeError(f"importance of shape {tuple(importance.shape)} for {shape[1]} columns: give one for each")
+    columns = importance.float().reshape(1, -1, scheme.group_size(shape[1]))
+    with one_thread_per_operation():
+        mean = columns.mean(-1, keepdim=True)
     # Each group by itself: beside one column of huge importance all others would count alike. A column that
     # calibration never lit still deserves a sensible scale.
-    return torch.where(mean > 0, shared / mean, 1.0).clamp_min(1e-4)
+    normal = torch.where(mean > 0, columns / mean, 1.0).clamp_min(1e-4)
+    return normal.repeat(1, 1, shape[0]) if isinstance(scheme.granularity, PerTensor) else normal
 
 
 def _fit_chunk(w: Tensor, scheme: Scheme, *, weights: Tensor | None, fit: Fit) -> _Candidate:
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     best = _minmax(low, high, scheme)
     if fit == "search":
-        best = _search(w, best, low=low, high=high, scheme=scheme, weights=weights)
+        search = _search_native if _has_native(w, scheme) else _search
+        best = search(w, best, low=low, high=high, scheme=scheme, weights=weights)
     return _exact_where_constant(best, low=low, high=high, scheme=scheme)
 
 
@@ -110,10 +113,15 @@ def _stored(scale: Tensor, scheme: Scheme, *, reach: float | None = None) -> Ten
     `reach` is by default the largest |value - zero| of the scheme.
     """
     kind = torch.finfo(scheme.scale.torch_dtype)
-    limit = kind.max / (2.0**scheme.element.bits if reach is None else reach)
+    limit = _limit(scheme, reach=reach)
     rounded = scale.clamp(-limit, limit).to(scheme.scale.torch_dtype).float()
     # Too small for the stored type: the smallest normal number it holds keeps the division finite.
     return torch.where(rounded == 0, kind.smallest_normal, rounded)
+
+
+def _limit(scheme: Scheme, *, reach: float | None = None) -> float:
+    """The largest magnitude of a scale."""
+    return torch.finfo(scheme.scale.torch_dtype).max / (2.0**scheme.element.bits if reach is None else reach)
 
 
 def _search(
@@ -129,24 +137,61 @@ def _search(
     return best
 
 
+def _has_native(w: Tensor, scheme: Scheme) -> bool:
+    return isinstance(scheme.element, Int) and w.device.type == "cpu" and native() is not None
+
+
+def _search_native(
+    w: Tensor, first: _Candidate, *, low: Tensor, high: Tensor, scheme: Scheme, weights: Tensor | None
+) -> _Candidate:
+    """The same as `_search`, up to the order of sums."""
+    library = native()
+    assert library is not None
+    rows, groups, size = w.shape
+    scales = first.scales.flatten().clone()
+    zeros = None if first.zeros is None else first.zeros.flatten().clone()
+    kind = torch.finfo(scheme.scale.torch_dtype)
+    library.search_groups(
+        w.reshape(rows * groups, size),
+        None if weights is None else weights.reshape(-1, size),
+        scales,
+        zeros,
+        torch.tensor(_factors(scheme)),
+        scheme.element.smallest,
+        scheme.element.largest,
+        _limit(scheme),
+        kind.smallest_normal,
+        STORED[scheme.scale.torch_dtype],
+        kernel_table(),
+    )
+    shape = (rows, groups, 1)
+    return _Candidate(scales.reshape(shape), None if zeros is None else zeros.reshape(shape))
+
+
 def _candidates(low: Tensor, high: Tensor, scheme: Scheme) -> Iterator[_Candidate]:
     smallest, largest = scheme.element.smallest, scheme.element.largest
     if scheme.zero is not None:
         low, high = low.clamp_max(0), high.clamp_min(0)
-        for factor in _GRIDS[scheme.element.bits]:
+        for factor in _factors(scheme):
             yield _with_zero(low * factor, (high - low) * (factor / (largest - smallest)), scheme)
         return
     # The side of the range with one more value faces the larger extreme, if need be by a negative scale.
     extreme = torch.where(-low >= high, low, high)
     full = extreme / smallest if smallest < 0 else extreme / largest
-    # Upwards too: at few bits the largest weight may sit best one value below the end of the range.
-    for factor in (1.15, *_GRIDS[scheme.element.bits]):
+    for factor in _factors(scheme):
         yield _Candidate(_stored(full * factor, scheme), None)
+
+
+def _factors(scheme: Scheme) -> tuple[float, ...]:
+    """What the search multiplies the full range by."""
+    shrinking = _GRIDS[scheme.element.bits]
+    # Upwards too: at few bits the largest weight may sit best one value below the end of the range.
+    return shrinking if scheme.zero is not None else (1.15, *shrinking)
 
 
 def _quantized_values(w: Tensor, candidate: _Candidate, scheme: Scheme, out: Tensor) -> Tensor:
     """value - zero for each weight, written to `out`."""
-    torch.div(w, candidate.scales, out=out)
+    torch.mul(w, candidate.scales.reciprocal(), out=out)
     if candidate.zeros is None:
         return out.round_().clamp_(scheme.element.smallest, scheme.element.largest)
     out.add_(candidate.zeros).round_().clamp_(scheme.element.smallest, scheme.element.largest)
@@ -176,7 +221,8 @@ def _better(best: _Candidate, lowest: Tensor, other: _Candidate, error: Tensor) 
 
 
 def _exact_where_constant(best: _Candidate, *, low: Tensor, high: Tensor, scheme: Scheme) -> _Candidate:
-    """Groups of one value c: scale |c| with value +-1 (or -c where the format has no -1 and no zero); of zeros: scale 1."""
+    """Groups of one value c: scale |c| with value +-1, or scale c where the format has no -1 and no zero point; of
+    zeros: scale 1."""
     # A constant beyond the stored type has no such scale: it keeps the range that reaches furthest.
     constant = (low == high) & (low.abs() <= torch.finfo(scheme.scale.torch_dtype).max)
     signless = scheme.element.smallest >= 0 and scheme.zero is None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from pennyweight.schemes import QuantizedWeight, Scheme
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,14 @@ class Statistics:
     """
 
     hessian: Tensor | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def remember(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` derives from these statistics, made once: sites that share an input share its factorisation."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
 
     @property
     def importance(self) -> Tensor | None:

@@ -12,8 +12,8 @@ from pennyweight.kernels.matmul import matmul_nt
 _TILE = 512
 
 
-def cholesky(a: Tensor, *, tile: int = _TILE) -> Tensor:
-    """The lower factor L of a = L Lᵀ, for symmetric float32 `a` [n, n], by tiles, right-looking.
+def cholesky_(a: Tensor, *, tile: int = _TILE) -> Tensor:
+    """The lower factor L of a = L Lᵀ, for symmetric float32 `a` [n, n], by tiles, right-looking, made in `a`'s memory.
 
     Every tile is computed by one thread: LAPACK's own threads would change the last bits with their number.
     Raises NotPositiveDefiniteError.
@@ -23,10 +23,10 @@ def cholesky(a: Tensor, *, tile: int = _TILE) -> Tensor:
     tiles = {(i, j): a[parts[i], parts[j]].contiguous() for i in range(count) for j in range(i + 1)}
     for k in range(count):
         _factorize_column(tiles, k, count)
-    lower = torch.zeros_like(a)
+    a.zero_()
     for (i, j), block in tiles.items():
-        lower[parts[i], parts[j]] = block
-    return lower
+        a[parts[i], parts[j]] = block
+    return a
 
 
 def _factorize_column(tiles: dict[tuple[int, int], Tensor], k: int, count: int) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from pennyweight.core.errors import NotPositiveDefiniteError, ShapeError
 from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.kernels.feedback import Grid, round_block_
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solution, Solver, Statistics
-from pennyweight.solvers.factorize import cholesky
+from pennyweight.solvers.factorize import cholesky_
 from pennyweight.solvers.nearest import round_to_nearest
 
 # Rows solved together by one thread.
@@ -59,87 +60,101 @@ class Gptq:
         if 0 in w.shape:
             return Solution(round_to_nearest(w, scheme, scales, zeros))
         try:
-            order, lower, notes = self._factorize(stats.hessian)
+            factor = stats.remember(("gptq", self.damping, self.block), lambda: self._factorize(stats))
         except NotPositiveDefiniteError as error:
             return Solution(round_to_nearest(w, scheme, scales, zeros), (f"fell back to nearest: {error}",))
-        codes = _round_with_feedback(w, scheme, scales, zeros, order=order, lower=lower, block=self.block)
-        return Solution(QuantizedWeight(codes, scales, zeros, scheme), notes)
+        codes = _round_with_feedback(w, scheme, scales, zeros, factor)
+        return Solution(QuantizedWeight(codes, scales, zeros, scheme), factor.notes)
 
-    def _factorize(self, hessian: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Column order (last is rounded first) and unit lower L of the damped Hessian in that order."""
-        diagonal = hessian.diagonal()
+    def _factorize(self, stats: Statistics) -> Factor:
+        assert stats.hessian is not None
+        diagonal = stats.hessian.diagonal()
         # Stable, so that equal importances keep the same order everywhere.
         order = torch.argsort(diagonal, stable=True)
         mean = diagonal.mean()
         for attempt in range(4):
             damping = self.damping * 10**attempt
-            damped = hessian[order][:, order]
+            damped = _permuted(stats.hessian, order)
             dead = damped.diagonal() <= 0
             damped.diagonal().add_(damping * mean).masked_fill_(dead, 1.0)
             try:
-                lower = cholesky(damped)
+                lower = cholesky_(damped)
             except NotPositiveDefiniteError:
                 continue
             notes = () if attempt == 0 else (f"damping raised from {self.damping:g} to {damping:g}",)
-            return order, lower.div_(lower.diagonal().clone()), notes
+            return Factor.of(lower.div_(lower.diagonal().clone()), order, block=self.block, notes=notes)
         raise NotPositiveDefiniteError(f"the Hessian could not be factorised with damping up to {damping:g}")
 
 
-def _round_with_feedback(
-    w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None, *, order: Tensor, lower: Tensor, block: int
-) -> Tensor:
-    """Codes uint8 [out, in]; see Gptq. `lower` is in the order of `order`."""
-    blocks = chunks(w.shape[1], block)[::-1]
-    # What a block of errors adds to the targets of all columns before it: L[block, before] transposed, contiguous.
-    panels = [lower[columns, : columns.start].T.contiguous() for columns in blocks]
-    groups = (order // scheme.group_size(w.shape[1])).tolist()
+def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
+    """hessian[order][:, order], with one copy of it in memory."""
+    permuted = hessian[order]
+
+    def columns(rows: slice) -> None:
+        permuted[rows] = permuted[rows][:, order]
+
+    parallel_map(columns, chunks(len(order), _ROWS // 4))
+    return permuted
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The unit lower factor L of a damped Hessian in solving order, cut into blocks of columns, last block first.
+
+    order       int64 [in]: the column of the weight at each position of the solving order
+    blocks      the positions of each block
+    within      L[block, block]
+    before      L[block, positions before it] transposed and contiguous: what its errors add to their targets
+    """
+
+    order: Tensor
+    blocks: list[slice]
+    within: list[Tensor]
+    before: list[Tensor]
+    notes: tuple[str, ...]
+
+    @staticmethod
+    def of(lower: Tensor, order: Tensor, *, block: int, notes: tuple[str, ...] = ()) -> Factor:
+        blocks = chunks(lower.shape[0], block)[::-1]
+        within = [lower[part, part].contiguous() for part in blocks]
+        before = [lower[part, : part.start].T.contiguous() for part in blocks]
+        return Factor(order, blocks, within, before, notes)
+
+
+def _round_with_feedback(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None, factor: Factor) -> Tensor:
+    """Codes uint8 [out, in]; see Gptq."""
+    groups = factor.order // scheme.group_size(w.shape[1])
 
     def rows(part: slice) -> Tensor:
-        shared = slice(0, 1) if isinstance(scheme.granularity, PerTensor) else part
-        column = _Columns(scheme, scales[shared], None if zeros is None else zeros[shared], groups)
-        values = _solve_rows(w[part].T[order].contiguous(), column, lower=lower, blocks=blocks, panels=panels)
+        own = slice(0, 1) if isinstance(scheme.granularity, PerTensor) else part
+        count = part.stop - part.start
+        grid = Grid(
+            scheme.element,
+            _by_group(scales[own], count),
+            None if zeros is None else _by_group(zeros[own], count),
+            scales.dtype,
+        )
+        values = _solve_rows(w[part].T[factor.order].contiguous(), grid, groups, factor)
         codes = torch.empty(values.shape, dtype=torch.uint8, device=w.device)
-        codes[order] = scheme.element.encode(values)
+        codes[factor.order] = scheme.element.encode(values)
         return codes.T
 
-    return torch.cat(parallel_map(rows, chunks(w.shape[0], _ROWS)))
+    return torch.cat(parallel_map(rows, chunks(w.shape[0], _ROWS))).contiguous()
 
 
-class _Columns:
-    """Rounds one column at a time with the scales of its group, decoding as the reader will."""
-
-    def __init__(self, scheme: Scheme, scales: Tensor, zeros: Tensor | None, groups: list[int]) -> None:
-        self._element = scheme.element
-        self._scales = scales.float().T.contiguous()
-        self._zeros = None if zeros is None else zeros.float().T.contiguous()
-        self._stored = scales.dtype
-        self._groups = groups
-
-    def round(self, target: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        """Values of the format and decoded weights, float32 [rows], for column `j` of the solving order."""
-        scale = self._scales[self._groups[j]]
-        values = target / scale
-        if self._zeros is None:
-            values = self._element.nearest(values)
-            decoded = values * scale
-        else:
-            zero = self._zeros[self._groups[j]]
-            values = self._element.nearest(values.add_(zero))
-            decoded = (values - zero).mul_(scale)
-        return values, decoded if self._stored == torch.float32 else decoded.to(self._stored).float()
+def _by_group(parameters: Tensor, rows: int) -> Tensor:
+    """Scales or zeros [rows or 1, groups] as float32 [groups, rows]."""
+    return parameters.float().T.expand(-1, rows).contiguous()
 
 
-def _solve_rows(w: Tensor, column: _Columns, *, lower: Tensor, blocks: list[slice], panels: list[Tensor]) -> Tensor:
+def _solve_rows(w: Tensor, grid: Grid, groups: Tensor, factor: Factor) -> Tensor:
     """Values of the number format for the transposed weight `w` [in, rows], columns in solving order."""
     targets, values = w.clone(), torch.empty_like(w)
-    for columns, panel in zip(blocks, panels, strict=True):
-        errors = torch.empty_like(w[columns])
-        for j in range(columns.stop - 1, columns.start - 1, -1):
-            values[j], decoded = column.round(targets[j], j)
-            error = torch.sub(w[j], decoded, out=errors[j - columns.start])
-            targets[columns.start : j].addr_(lower[j, columns.start : j], error)
-        if columns.start:
-            targets[: columns.start] += matmul_nt(panel, errors.T.contiguous())
+    for part, within, before in zip(factor.blocks, factor.within, factor.before, strict=True):
+        errors = torch.empty_like(w[part])
+        round_block_(targets[part], w[part], values[part], errors, lower=within, grid=grid, groups=groups[part])
+        if part.start:
+            targets[: part.start] += matmul_nt(before, errors.T.contiguous())
     return values
 
 

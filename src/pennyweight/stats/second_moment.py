@@ -29,20 +29,30 @@ class SecondMoment:
     def zero(inputs: int, device: torch.device | str = "cpu") -> SecondMoment:
         return SecondMoment(torch.zeros(inputs, inputs, device=device), 0)
 
-    def update_(self, x: Tensor) -> SecondMoment:
-        """Add the rows of `x` [tokens, in]; the sum is made in place, the new statistic is returned."""
+    def update_(self, x: list[Tensor]) -> SecondMoment:
+        """Add the rows of all tensors in `x`, each [tokens, in], and empty the list.
+
+        The sum is made in place, the new statistic is returned.
+        """
         inputs = self.total.shape[0]
-        if x.ndim != 2 or x.shape[1] != inputs:
-            raise ShapeError(f"inputs of shape {tuple(x.shape)} cannot join a second moment of width {inputs}")
-        transposed = x.float().T.contiguous()
+        for part in x:
+            if part.ndim != 2 or part.shape[1] != inputs:
+                raise ShapeError(f"inputs of shape {tuple(part.shape)} cannot join a second moment of width {inputs}")
+        rows = sum(part.shape[0] for part in x)
+        transposed = torch.empty(inputs, rows, device=self.total.device)
+        stop = rows
+        while x:
+            part = x.pop()
+            transposed[:, stop - part.shape[0] : stop] = part.T
+            stop -= part.shape[0]
         parts = chunks(inputs, _TILE)
 
         def tile(pair: tuple[slice, slice]) -> None:
             self.total[pair] += matmul_nt(transposed[pair[0]], transposed[pair[1]])
 
-        if x.shape[0]:
+        if rows:
             parallel_map(tile, [(i, j) for n, i in enumerate(parts) for j in parts[n:]])
-        return SecondMoment(self.total, self.rows + x.shape[0])
+        return SecondMoment(self.total, self.rows + rows)
 
     def merge_(self, other: SecondMoment) -> SecondMoment:
         """The statistic of both samples together, made in this one's memory."""
@@ -50,12 +60,16 @@ class SecondMoment:
         return SecondMoment(self.total, self.rows + other.rows)
 
     def hessian_(self) -> Tensor:
-        """mean of x xᵀ, float32 [in, in], symmetric to the last bit, made in the statistic's memory, which it uses up."""
+        """mean of x xᵀ, float32 [in, in], symmetric to the last bit, in the memory of the statistic, now used up."""
         mean = self.total.div_(max(self.rows, 1))
         parts = chunks(mean.shape[0], _TILE)
-        for n, i in enumerate(parts):
+
+        def mirror(n: int) -> None:
+            i = parts[n]
             upper = mean[i, i].triu()
             mean[i, i] = upper + upper.triu(1).T
             for j in parts[n + 1 :]:
                 mean[j, i] = mean[i, j].T
+
+        parallel_map(mirror, range(len(parts)))
         return mean

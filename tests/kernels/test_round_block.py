@@ -1,0 +1,155 @@
+"""The native kernels against their twins in torch, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pennyweight.formats.integer import Int
+from pennyweight.kernels.feedback import Grid, _round_block, round_block_
+from pennyweight.kernels.native import VARIABLE, kernel_table, native
+from pennyweight.schemes import fit_scales, parse_scheme
+from pennyweight.solvers.nearest import round_to_nearest
+
+library = native()
+TABLES = [] if library is None else list(library.kernel_tables())
+# Products and sums are rounded alike in both, but torch may fuse the multiply-add of a rank-1 update, which moves a
+# target by one unit in its last place; the values stay the same except on exact ties.
+SAME_VALUES = 0.999
+
+pytestmark = pytest.mark.skipif(not TABLES, reason="the native library is not built")
+
+
+def problem(
+    columns: int, rows: int, *, groups: int, stored: torch.dtype, zeros: bool, bits: int = 4
+) -> tuple[Tensor, Tensor, Grid, Tensor]:
+    generator = torch.Generator().manual_seed(columns * 1000 + rows)
+    w = torch.randn(columns, rows, generator=generator)
+    lower = torch.randn(columns, columns, generator=generator).mul_(0.1).tril(-1) + torch.eye(columns)
+    scales = (torch.rand(groups, rows, generator=generator) * 0.3 + 0.05).to(stored).float()
+    scales[0] = -scales[0]
+    zero = torch.randint(-8, 8, (groups, rows), generator=generator).float() if zeros else None
+    index = torch.randint(0, groups, (columns,), generator=generator)
+    return w, lower, Grid(Int(bits), scales, zero, stored), index
+
+
+def run(w: Tensor, lower: Tensor, grid: Grid, index: Tensor, *, twin: bool) -> tuple[Tensor, Tensor]:
+    values, errors = torch.full_like(w, torch.nan), torch.full_like(w, torch.nan)
+    call = _round_block if twin else round_block_
+    call(w.clone(), w, values, errors, lower=lower, grid=grid, groups=index)
+    return values, errors
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (3, 63), (32, 64), (17, 65), (128, 200)])
+def test_rounding_a_block_equals_its_twin(
+    monkeypatch: pytest.MonkeyPatch, table: str, zeros: bool, stored: torch.dtype, columns: int, rows: int
+) -> None:
+    monkeypatch.setenv(VARIABLE, table)
+    given = problem(columns, rows, groups=3, stored=stored, zeros=zeros)
+    values, errors = run(*given, twin=False)
+    expected, expected_errors = run(*given, twin=True)
+    agree = values == expected
+    assert agree.float().mean() >= SAME_VALUES
+    torch.testing.assert_close(errors[agree], expected_errors[agree], rtol=0, atol=2e-6)
+
+
+def test_every_instruction_set_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(96, 130, groups=5, stored=torch.bfloat16, zeros=True, bits=3)
+    results = []
+    for table in TABLES:
+        monkeypatch.setenv(VARIABLE, table)
+        results.append(run(*given, twin=False))
+    for values, errors in results[1:]:
+        assert torch.equal(values, results[0][0])
+        assert torch.equal(errors, results[0][1])
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["int4-g128-bf16", "int2-g64-f16", "int3-g32-f32", "int4-g32-asym-f16", "int8-channel-f32", "uint4-g20-asym-f32"],
+)
+def test_the_native_search_is_as_good_as_its_twin(
+    monkeypatch: pytest.MonkeyPatch, table: str, weighted: bool, name: str
+) -> None:
+    scheme = parse_scheme(name)
+    generator = torch.Generator().manual_seed(1)
+    inputs = 640
+    w = torch.randn(24, inputs, generator=generator) * torch.rand(24, 1, generator=generator)
+    importance = torch.rand(inputs, generator=generator) ** 3 if weighted else None
+    weights = torch.ones(inputs) if importance is None else importance
+
+    def loss(choice: str) -> float:
+        monkeypatch.setenv(VARIABLE, choice)
+        scales, zeros = fit_scales(w, scheme, importance=importance)
+        error = round_to_nearest(w, scheme, scales, zeros).dequantize() - w
+        return float((error.double().square() * weights).sum())
+
+    # They may choose differently between candidates that are equal up to the order of the sums.
+    assert loss(table) == pytest.approx(loss("torch"), rel=2e-3)
+
+
+def test_every_instruction_set_finds_the_same_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(33, 256, generator=torch.Generator().manual_seed(2))
+    w[0], w[1, :128], w[2, 5] = 0.0, 3.5, 1e30
+    found = []
+    for table in TABLES:
+        monkeypatch.setenv(VARIABLE, table)
+        found.append(fit_scales(w, parse_scheme("int3-g128-asym-f16")))
+    for scales, zeros in found[1:]:
+        assert torch.equal(scales, found[0][0])
+        assert zeros is not None
+        assert torch.equal(zeros, found[0][1])
+
+
+def test_kernels_that_the_processor_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "scalar")
+    assert kernel_table() == "scalar"
+    assert library is not None
+    with pytest.raises(ValueError, match="no kernels called sse9"):
+        library.round_block(*arguments("sse9"))
+
+
+@pytest.mark.parametrize(
+    ("place", "shape"), [(1, (3, 5)), (2, (4, 4)), (3, (4, 6)), (4, (3, 3)), (5, (2, 4)), (7, (3,))]
+)
+def test_arguments_of_wrong_shapes_are_refused(place: int, shape: tuple[int, ...]) -> None:
+    assert library is not None
+    given = list(arguments("scalar"))
+    wrong = torch.zeros(shape, dtype=given[place].dtype if isinstance(given[place], Tensor) else torch.float32)
+    given[place] = wrong
+    with pytest.raises(ValueError, match="expected"):
+        library.round_block(*given)
+
+
+def test_a_group_outside_the_scales_is_refused() -> None:
+    assert library is not None
+    given = list(arguments("scalar"))
+    given[7] = torch.tensor([0, 1, 2, 0])
+    with pytest.raises(ValueError, match="outside the scales"):
+        library.round_block(*given)
+
+
+def arguments(kernels: str) -> tuple[object, ...]:
+    """A call of round_block on four columns of five rows with two groups."""
+    block = torch.zeros(4, 5)
+    scales, groups = torch.ones(2, 5), torch.zeros(4, dtype=torch.int64)
+    return (
+        block.clone(),
+        block,
+        block.clone(),
+        block.clone(),
+        torch.eye(4),
+        scales,
+        None,
+        groups,
+        -8.0,
+        7.0,
+        0,
+        kernels,
+    )

@@ -1,0 +1,236 @@
+"""Calibration statistics: what is shared, blended, noted, and what they may not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.pipeline import collect as module
+from pennyweight.pipeline.collect import SiteStatistics, collect
+from tests.models.families import FAMILIES, build, save, token_batches
+
+# Sums of float32 over a few hundred rows, in another order.
+TOLERANCE = 1e-5
+LAYER = "model.layers.0"
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    names = ("llama", "mixtral")
+    return {
+        name: save(build(FAMILIES[name].architecture, FAMILIES[name].config), tmp_path_factory.mktemp(name))
+        for name in names
+    }
+
+
+def statistics(
+    directory: Path,
+    batches: list[Tensor],
+    change: Callable[[Any], None] = lambda block: None,
+) -> dict[str, SiteStatistics]:
+    """What block 0 shows on `batches`, after `change(block)`."""
+    model = StreamedModel(directory)
+    stream = model.start(batches)
+    with model.opened(0) as block:
+        change(block)
+        return collect(model, block, 0, stream)
+
+
+def hessian(found: SiteStatistics) -> Tensor:
+    assert found.stats.hessian is not None
+    return found.stats.hessian
+
+
+def assert_alike(a: dict[str, SiteStatistics], b: dict[str, SiteStatistics]) -> None:
+    for name, found in a.items():
+        assert (found.rows, found.notes) == (b[name].rows, b[name].notes)
+        assert (hessian(found) - hessian(b[name])).abs().max() <= TOLERANCE * hessian(found).abs().max()
+
+
+# -- what they may not depend on ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_cut_into_batches_changes_neither_rows_nor_hessians(directories: dict[str, Path], family: str) -> None:
+    whole = torch.cat(token_batches((6, 5)))
+    assert_alike(statistics(directories[family], [whole]), statistics(directories[family], list(whole.split(2))))
+
+
+def test_the_cut_into_rounds_changes_no_rows(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = token_batches((2, 2, 2, 1))
+    once = statistics(directories["mixtral"], batches)
+    monkeypatch.setattr(module, "_ROUND_TOKENS", 50)
+    assert len(module._rounds(Stream(batches, batches, []))) == 4
+    assert_alike(once, statistics(directories["mixtral"], batches))
+
+
+def test_rounds_hold_every_batch_once_and_at_least_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROUND_TOKENS", 30)
+    batches = [torch.zeros(count, 10) for count in (1, 2, 5, 1, 1, 1, 1)]
+    assert module._rounds(Stream(batches, batches, [])) == [[0, 1], [2], [3, 4, 5], [6]]
+
+
+# -- what a block may do ------------------------------------------------------------------------------------------
+
+
+def test_an_input_that_the_block_changes_in_place_is_seen_as_the_map_saw_it(directories: dict[str, Path]) -> None:
+    expected = statistics(directories["llama"], token_batches())
+
+    def overwrite(block: Any) -> None:
+        original = block.mlp.forward
+
+        def forward(x: Tensor) -> Tensor:
+            out: Tensor = original(x)
+            x.fill_(torch.nan)
+            return out
+
+        block.mlp.forward = forward
+
+    found = statistics(directories["llama"], token_batches(), overwrite)
+    for name in expected:
+        assert torch.equal(hessian(found[name]), hessian(expected[name])), name
+
+
+def test_maps_called_before_and_after_a_change_in_place_share_nothing(directories: dict[str, Path]) -> None:
+    def overwrite(block: Any) -> None:
+        mlp = block.mlp
+
+        def forward(x: Tensor) -> Tensor:
+            gate = mlp.gate_proj(x)
+            up = mlp.up_proj(x.mul_(2))
+            out: Tensor = mlp.down_proj(gate * up)
+            return out
+
+        mlp.forward = forward
+
+    found = statistics(directories["llama"], token_batches(), overwrite)
+    gate, up = found[f"{LAYER}.mlp.gate_proj"], found[f"{LAYER}.mlp.up_proj"]
+    assert torch.equal(hessian(up), 4 * hessian(gate))
+
+
+def test_an_input_that_is_no_block_of_memory_is_still_shared(directories: dict[str, Path]) -> None:
+    def stride(block: Any) -> None:
+        mlp = block.mlp
+
+        def forward(x: Tensor) -> Tensor:
+            x = torch.stack([x, x], dim=-1)[..., 0]
+            assert not x.is_contiguous()
+            out: Tensor = mlp.down_proj(mlp.gate_proj(x) * mlp.up_proj(x))
+            return out
+
+        mlp.forward = forward
+
+    found = statistics(directories["llama"], token_batches(), stride)
+    assert found[f"{LAYER}.mlp.gate_proj"].stats is found[f"{LAYER}.mlp.up_proj"].stats
+
+
+def test_a_site_that_is_never_called_is_noted_and_has_no_hessian(directories: dict[str, Path]) -> None:
+    def hide(block: Any) -> None:
+        mlp = block.mlp
+        mlp.forward = lambda x: torch.einsum("bti,oi->bto", mlp.gate_proj(x), mlp.down_proj.weight)
+
+    found = statistics(directories["llama"], token_batches(), hide)
+    for name in ("up_proj", "down_proj"):
+        hidden = found[f"{LAYER}.mlp.{name}"]
+        assert (hidden.rows, hidden.stats.hessian) == (0, None)
+        assert hidden.notes == ("saw no calibration data: rounded to nearest",)
+    assert found[f"{LAYER}.mlp.gate_proj"].notes == ()
+
+
+# -- experts ------------------------------------------------------------------------------------------------------
+
+FEW = 5
+
+
+def route(block: Any) -> None:
+    """Every token goes to expert 0; the second choice is expert 1, but expert 2 for the first few; none goes to 3."""
+    gate = block.mlp.gate
+    original = gate.forward
+
+    def forward(x: Tensor) -> Any:
+        logits, scores, chosen = original(x)
+        chosen = torch.tensor([0, 1]).expand(chosen.shape).clone()
+        chosen[:FEW, 1] = 2
+        return logits, scores, chosen
+
+    gate.forward = forward
+
+
+def site(expert: int, name: str) -> str:
+    return f"{LAYER}.block_sparse_moe.experts.{expert}.{name}"
+
+
+@pytest.fixture(scope="module")
+def routed(directories: dict[str, Path]) -> tuple[dict[str, SiteStatistics], Tensor]:
+    """Statistics of the mixture under `route` on one batch, and the rows that its experts chose from, float64."""
+    seen: list[Tensor] = []
+
+    def watch(block: Any) -> None:
+        route(block)
+        experts: nn.Module = block.mlp.experts
+        experts.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().double().clone()))
+
+    found = statistics(directories["mixtral"], token_batches((4,)), watch)
+    return found, seen[0].flatten(0, -2)
+
+
+def test_an_expert_with_enough_rows_has_its_own_hessian(routed: tuple[dict[str, SiteStatistics], Tensor]) -> None:
+    found, x = routed
+    for expert, rows in ((0, x), (1, x[FEW:])):
+        gate = found[site(expert, "w1")]
+        assert (gate.rows, gate.notes) == (len(rows), ())
+        assert gate.stats is found[site(expert, "w3")].stats
+        expected = rows.T @ rows / len(rows)
+        assert (hessian(gate) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_an_expert_with_few_rows_is_blended_with_the_pool_by_their_share(
+    routed: tuple[dict[str, SiteStatistics], Tensor],
+) -> None:
+    found, x = routed
+    gate = found[site(2, "w1")]
+    assert gate.rows == FEW
+    assert gate.notes == ("saw 5 of the 32 rows that a Hessian needs: blended with the layer's pooled one",)
+    assert gate.stats is found[site(2, "w3")].stats
+    share = FEW / 32
+    expected = share * (x[:FEW].T @ x[:FEW] / FEW) + (1 - share) * pool(x)
+    assert (hessian(gate) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def pool(x: Tensor) -> Tensor:
+    rows = torch.cat([x, x[FEW:], x[:FEW]])
+    return rows.T @ rows / len(rows)
+
+
+def test_an_expert_without_rows_takes_the_pool(routed: tuple[dict[str, SiteStatistics], Tensor]) -> None:
+    found, x = routed
+    for name in ("w1", "w3"):
+        gate = found[site(3, name)]
+        assert (gate.rows, gate.notes) == (0, ("saw no rows: the layer's pooled Hessian is used",))
+        assert (hessian(gate) - pool(x)).abs().max() <= TOLERANCE * pool(x).abs().max()
+    down = found[site(3, "w2")]
+    assert hessian(down).shape == (48, 48)
+    assert down.notes == ("saw no rows: the layer's pooled Hessian is used",)
+
+
+def test_experts_do_not_share_with_each_other(routed: tuple[dict[str, SiteStatistics], Tensor]) -> None:
+    found, _ = routed
+    assert len({id(found[site(expert, "w1")].stats) for expert in range(4)}) == 4
+    assert not {id(found[site(e, "w1")].stats) for e in range(4)} & {id(found[site(e, "w2")].stats) for e in range(4)}
+
+
+def test_experts_of_which_none_was_called_are_rounded_plainly_and_noted(directories: dict[str, Path]) -> None:
+    def skip(block: Any) -> None:
+        block.mlp.experts.forward = lambda x, chosen, scores: x
+
+    found = statistics(directories["mixtral"], token_batches(), skip)
+    for expert in range(4):
+        idle = found[site(expert, "w1")]
+        assert (idle.rows, idle.stats.hessian) == (0, None)
+        assert idle.notes == ("no expert of the layer saw calibration data: rounded to nearest",)

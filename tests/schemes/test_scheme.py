@@ -1,0 +1,189 @@
+"""Schemes: their names, shapes and exact sizes, and the weights that they decode to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pennyweight.core.errors import ShapeError, UsageError
+from pennyweight.core.registry import provided
+from pennyweight.schemes import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QuantizedWeight,
+    ScaleSpec,
+    Scheme,
+    ZeroSpec,
+    parse_scheme,
+)
+from pennyweight.solvers.base import Statistics
+from pennyweight.solvers.nearest import Nearest
+
+GRANULARITIES: st.SearchStrategy[Granularity] = st.one_of(
+    st.just(PerTensor()), st.just(PerChannel()), st.builds(PerGroup, st.integers(1, 10**9 - 1))
+)
+SCHEMES = st.builds(
+    Scheme,
+    element=st.sampled_from(list(provided("formats").values())),
+    granularity=GRANULARITIES,
+    scale=st.builds(ScaleSpec, st.sampled_from(["model", "float16", "bfloat16", "float32"])),
+    zero=st.sampled_from([None, ZeroSpec()]),
+)
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+def quantized(w: Tensor, name: str) -> QuantizedWeight:
+    return Nearest().solve(w, parse_scheme(name), Statistics()).weight
+
+
+@given(scheme=SCHEMES)
+def test_a_name_reads_back_as_the_scheme_that_printed_it(scheme: Scheme) -> None:
+    assert parse_scheme(scheme.name) == scheme
+    assert str(scheme) == scheme.name
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-g128", "int4-g32-asym", "int8-channel", "int8-tensor-f32", "uint3-g64-asym-bf16", "int2-channel-f16"]
+)
+def test_names_print_as_they_were_read(name: str) -> None:
+    assert parse_scheme(name).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "int4", "int4-", "int4-g0", "int4-g", "int4-g-1", "int4-g032", "int4-row",
+     "INT4-g128",     "int4-g128-sym", " int4-g128",
+     "int4-g128-f64", "int4-g128-f16-asym", "int4-g128-asym-asym", "int4-g1e3", "int4-g128\n", "int4-g9999999999"],
+)  # fmt: skip
+def test_a_name_that_means_nothing_is_answered_with_how_to_write_one(name: str) -> None:
+    with pytest.raises(UsageError, match="is not the name of a scheme: write FORMAT-SHARED.*int4-g32-asym"):
+        parse_scheme(name)
+
+
+@given(text=st.text(max_size=20))
+def test_any_other_text_is_a_usage_error(text: str) -> None:
+    try:
+        scheme = parse_scheme(text)
+    except UsageError:
+        return
+    assert scheme.name == text
+
+
+@pytest.mark.parametrize("name", ["int9-g128", "nf5-channel", "int1-tensor"])
+def test_an_unknown_number_format_is_answered_with_those_there_are(name: str) -> None:
+    with pytest.raises(UsageError, match="is not one of the formats: int2, int3, int4"):
+        parse_scheme(name)
+
+
+def test_a_group_holds_at_least_one_weight() -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        PerGroup(0)
+
+
+def test_groups_must_divide_the_inputs() -> None:
+    scheme = parse_scheme("int4-g128-f16")
+    assert scheme.scale_shape((3, 384)) == (3, 3)
+    for use in (scheme.scale_shape, scheme.storage_bits):
+        with pytest.raises(
+            ShapeError, match="172 inputs cannot be split into groups of 128: use a group size that divides"
+        ):
+            use((3, 172))
+    with pytest.raises(ShapeError, match="172 inputs"):
+        quantized(torch.randn(3, 172), "int4-g128-f16")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_only_matrices_have_schemes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match="give a matrix"):
+        parse_scheme("int4-channel-f16").scale_shape(shape)
+
+
+def test_scales_of_the_models_type_are_fixed_once() -> None:
+    scheme = parse_scheme("int4-g32")
+    assert scheme.with_scale_dtype(torch.bfloat16) == parse_scheme("int4-g32-bf16")
+    assert parse_scheme("int4-g32-f32").with_scale_dtype(torch.bfloat16).scale.torch_dtype == torch.float32
+    with pytest.raises(UsageError, match="with_scale_dtype first"):
+        scheme.storage_bits((2, 32))
+    with pytest.raises(UsageError, match=r"not as torch\.float64"):
+        scheme.with_scale_dtype(torch.float64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scheme=SCHEMES.filter(lambda scheme: scheme.scale.dtype != "model"),
+    rows=st.integers(0, 5),
+    groups=st.integers(0, 4),
+    size=st.integers(1, 9),
+)
+def test_storage_is_what_counting_says(scheme: Scheme, rows: int, groups: int, size: int) -> None:
+    if isinstance(scheme.granularity, PerGroup):
+        scheme = scheme.with_granularity(PerGroup(size))
+    weight = Nearest().solve(torch.randn(rows, groups * size), scheme, Statistics()).weight
+    zeros = 0 if weight.zeros is None else weight.zeros.numel() * scheme.element.bits
+    counted = weight.codes.numel() * scheme.element.bits + weight.scales.numel() * weight.scales.itemsize * 8 + zeros
+    assert scheme.storage_bits((rows, groups * size)) == counted
+
+
+def by_compressed_tensors(weight: QuantizedWeight) -> Tensor:
+    """The weight as compressed-tensors decodes it."""
+    granularity, element = weight.scheme.granularity, weight.scheme.element
+    names = {PerTensor: "tensor", PerChannel: "channel", PerGroup: "group"}
+    args = QuantizationArgs(
+        num_bits=element.bits,
+        symmetric=weight.zeros is None,
+        strategy=names[type(granularity)],
+        group_size=granularity.size if isinstance(granularity, PerGroup) else None,
+    )
+    values = (weight.codes.to(torch.int16) - 2 ** (element.bits - 1)).to(torch.int8)
+    zeros = None if weight.zeros is None else weight.zeros.to(torch.int8)
+    scales = weight.scales
+    if isinstance(granularity, PerTensor):
+        scales, zeros = scales[0], None if zeros is None else zeros[0]
+    return dequantize(values, scales, zeros, args)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shared", ["tensor", "channel", "g32"])
+@pytest.mark.parametrize("asym", ["", "-asym"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
+def test_decoding_is_that_of_compressed_tensors_bit_for_bit(bits: int, shared: str, asym: str, kind: str) -> None:
+    weight = quantized(torch.randn(6, 96) * 0.03 + 0.01, f"int{bits}-{shared}{asym}-{kind}")
+    assert weight.scales.dtype == DTYPES[kind]
+    for dtype in DTYPES.values():
+        assert torch.equal(weight.dequantize(dtype), by_compressed_tensors(weight).to(dtype))
+
+
+def test_every_code_decodes_like_compressed_tensors_also_those_that_no_solver_emits() -> None:
+    scheme = parse_scheme("int8-channel-asym-bf16")
+    codes = torch.arange(256, dtype=torch.uint8).repeat(4, 1)
+    scales = torch.tensor([[0.013], [-0.5], [0.0], [3e-3]], dtype=torch.bfloat16)
+    zeros = torch.tensor([[-128], [127], [3], [-1]], dtype=torch.int16)
+    weight = QuantizedWeight(codes, scales, zeros, scheme)
+    assert torch.equal(weight.dequantize(torch.bfloat16), by_compressed_tensors(weight))
+
+
+def test_decoding_edits_nothing() -> None:
+    weight = quantized(torch.randn(4, 64), "int4-g32-asym-f32")
+    assert weight.zeros is not None
+    before = (weight.codes.clone(), weight.scales.clone(), weight.zeros.clone())
+    assert torch.equal(weight.dequantize(), weight.dequantize())
+    assert all(torch.equal(a, b) for a, b in zip(before, (weight.codes, weight.scales, weight.zeros), strict=True))
+
+
+def test_scales_or_zeros_that_do_not_fit_are_refused() -> None:
+    good = quantized(torch.randn(4, 64), "int4-g32-asym-f16")
+    with pytest.raises(ShapeError, match=r"scales \(4, 2\) torch.float32, expected \(4, 2\) torch.float16"):
+        QuantizedWeight(good.codes, good.scales.float(), good.zeros, good.scheme)
+    with pytest.raises(ShapeError, match=r"scales \(4, 1\)"):
+        QuantizedWeight(good.codes, good.scales[:, :1], good.zeros, good.scheme)
+    with pytest.raises(ShapeError, match=r"zero points must be \(4, 2\)"):
+        QuantizedWeight(good.codes, good.scales, None, good.scheme)
+    with pytest.raises(ShapeError, match="zero points must be absent"):
+        QuantizedWeight(good.codes, good.scales, good.zeros, parse_scheme("int4-g32-f16"))
