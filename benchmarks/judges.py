@@ -132,7 +132,8 @@ def _by_length(sentences: Sequence[str], model: Path) -> tuple[list[Tensor], Ten
     for index, sentence in enumerate(sentences):
         ids = tokenizer(sentence, padding=False, truncation=False)["input_ids"]
         groups[len(ids)].append((index, ids))
-    batches, order = [], []
+    batches: list[Tensor] = []
+    order: list[int] = []
     for length, members in sorted(groups.items()):
         step = max(1, _BATCH_TOKENS // length)
         for start in range(0, len(members), step):

@@ -1,7 +1,8 @@
 """Running a command as a process of its own and measuring the whole of it: seconds, processor time, peak memory.
 
-On Linux the peak that a process reports begins with the memory of whoever started it, so a large benchmark process would
-be counted as part of a small child. This file is therefore also a small program that starts the command and measures it.
+On Linux the peak that a process reports begins with the memory of whoever started it, so a large benchmark process
+would be counted as part of a small child. This file is therefore also a small program that starts the command and
+measures it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Measured:
     peak_memory_bytes: int
 
 
-def measure(command: Sequence[str | Path], *, environment: Mapping[str, str] | None = None) -> Measured:
-    """Run `command` to its end; raises CommandError with the end of its standard error if it fails."""
+def measure(command: Sequence[object], *, environment: Mapping[str, str] | None = None) -> Measured:
+    """Run `command` (words and paths) to its end; raises CommandError with what it said last if it fails."""
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as scratch, open(Path(scratch, "log"), "w+b") as log:
         result = Path(scratch, "result.json")
@@ -48,7 +49,7 @@ def measure(command: Sequence[str | Path], *, environment: Mapping[str, str] | N
         return Measured(stdout=done.stdout.decode(), **json.loads(result.read_text(encoding="utf-8")))
 
 
-def _launch(result: str, command: Sequence[str]) -> int:
+def _launch(result: str, command: list[str]) -> int:
     started = time.perf_counter()
     pid = os.posix_spawnp(command[0], command, os.environ)
     _, status, usage = os.wait4(pid, 0)

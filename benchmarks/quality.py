@@ -187,14 +187,8 @@ def as_markdown(subject: Subject, rows: Sequence[Row]) -> str:
     """The section of one model."""
     judge = subject.judge
     beside = list(rows[0].other)
-    head = [
-        "scheme",
-        "solver",
-        "tool",
-        "bpw",
-        f"{judge.loss} ± se",
-        *(_shown(name, judge.reference) for name in beside),
-    ]
+    head = ["scheme", "solver", "tool", "bpw", "of sites", f"{judge.loss} ± se"]
+    head += [_shown(name, judge.reference) for name in beside]
     head += ["s", "MiB", "gptq - nearest", "ours / peer", "verdict"]
     lines = [
         [
@@ -202,6 +196,7 @@ def as_markdown(subject: Subject, rows: Sequence[Row]) -> str:
             row.solver,
             row.tool,
             f"{row.bpw:.2f}",
+            f"{row.notes['bpw_sites']:.3f}" if "bpw_sites" in row.notes else "",
             f"{row.loss:.3g} ± {row.loss_stderr:.1g}",
             *(f"{row.other[name]:.4g}" for name in beside),
             f"{row.seconds:.1f}",
@@ -213,7 +208,20 @@ def as_markdown(subject: Subject, rows: Sequence[Row]) -> str:
         for row in rows
     ]
     text_of = f"Calibrated on {subject.calibrated_on} ({subject.samples} x {subject.length} tokens at most), judged on "
-    return f"## {subject.name}\n\n{text_of}{subject.judged_on}.\n\n{table(head, lines)}\n"
+    notes = [f"- {reason}" for reason in _changes(rows)]
+    return "\n".join([f"## {subject.name}\n", f"{text_of}{subject.judged_on}.\n", table(head, lines), "", *notes, ""])
+
+
+def _changes(rows: Sequence[Row]) -> list[str]:
+    """What our runs did otherwise than asked, each once, with the number of sites."""
+    said: dict[str, None] = {}
+    for row in rows:
+        for kind in ("changed", "kept"):
+            reasons = list(row.notes.get(kind, {}).values())
+            said.update({f"{row.scheme}, {reasons.count(reason)} sites: {reason}": None for reason in reasons})
+        for site, notes in row.notes.get("fallbacks", {}).items():
+            said.update({f"{row.scheme} {row.solver}, {site}: {'; '.join(notes)}": None})
+    return list(said)
 
 
 def _shown(name: str, reference: dict[str, float]) -> str:
@@ -268,9 +276,11 @@ def main() -> None:
 
 def _legend(peer_versions: dict[str, str] | None) -> list[str]:
     lines = [
-        "- KL: mean over tokens of KL(original || quantized) in nats; ± standard error over windows (sentences for 1 - cosine).",
+        "- KL: mean over tokens of KL(original || quantized) in nats; ± se: standard error over windows "
+        "(over sentences for 1 - cosine).",
         "- gptq - nearest: mean of the paired differences ± its standard error. nearest uses no data.",
-        "- bpw: 8 x bytes of all tensors / weights of the original; embeddings and head are kept in their own type.",
+        "- bpw: 8 x bytes of all tensors / weights of the original; embeddings and head are kept in their own type. "
+        "of sites: of the quantized weights alone, scales included.",
         "- s, MiB: the whole process from its start, imports included and verification left out; peak resident memory.",
     ]
     if peer_versions:

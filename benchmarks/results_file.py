@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-t
 
 
 def circumstances(module: str) -> dict[str, Any]:
-    """Command line, versions and machine of this run of `python -m module`; no host name, no path outside the project."""
+    """Command line, versions and machine of this run of `python -m module`; no host name, no path of this machine."""
     return {
         "command": " ".join(["python -m", module, *(_without_home(word) for word in sys.argv[1:])]),
         "commit": _commit(),

@@ -65,8 +65,8 @@ def stories(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
     return Subject(
         name="stories260K",
         path=path,
-        schemes=("int8-g32", "int4-g32", "int3-g32", "int2-g32"),
-        peer_schemes=(),
+        schemes=("int8-g32", "int4-g32", "int4-channel", "int3-g32", "int2-g32"),
+        peer_schemes=("int4-channel",),
         calibration=str(work / "stories-calibration.txt"),
         calibrated_on="the first half of the TinyStories validation stories",
         judged_on="the second half, windows of 512 tokens",

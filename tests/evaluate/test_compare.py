@@ -189,5 +189,5 @@ def test_a_sentence_embedder_keeps_its_direction(minilm: Path, tmp_path: Path) -
     assert found.perplexity is found.kl_mean is found.top1_agreement is None
     assert found.cosine_mean is not None
     assert 0.95 < found.cosine_mean < 1
-    loaded, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    _, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,7 +72,16 @@ def _target_less(artefact: Path) -> None:
     _edit_settings(artefact, lambda settings: settings["config_groups"]["group_0"].update(targets=["re:.*q_proj"]))
 
 
-TAMPERINGS = [_flip_codes, _rename, _remove_norm, _remove_scale, _double_group, _other_width, _ignore_more, _target_less]
+TAMPERINGS = [
+    _flip_codes,
+    _rename,
+    _remove_norm,
+    _remove_scale,
+    _double_group,
+    _other_width,
+    _ignore_more,
+    _target_less,
+]
 BY_NAME = pytest.mark.parametrize("tamper", TAMPERINGS, ids=lambda tamper: tamper.__name__)
 
 
@@ -113,15 +121,14 @@ def test_without_a_record_the_runtime_itself_betrays_tampering(
 ) -> None:
     tamper(mine)
     try:
-        assert _worker(mine, extent, capsys)["problems"]
+        problems = _worker(mine, extent, capsys)["problems"]
     except (PennyweightError, RuntimeError, ValueError) as error:
         # Refused by our own reading of it, or by the runtime's: the fresh process ends with this.
-        assert str(error)
+        problems = [str(error)]
+    assert any(problems)
 
 
-def test_an_untouched_artefact_has_no_difference_in_float32(
-    artefact: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_untouched_artefact_has_no_difference_in_float32(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = _worker(artefact, "full", capsys)
     assert (found["verified"], found["dtype"], found["problems"]) == ("full", "float32", [])
     assert found["largest_difference"] == found["allowed_difference"] == 0
@@ -203,17 +210,15 @@ def test_no_verification_opens_nothing(tmp_path: Path) -> None:
     assert verify(tmp_path / "nowhere", extent="none") == {"verified": "none"}
 
 
-def test_a_killed_runtime_says_how_to_do_with_less(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", str(_killed(Path(os.environ.get("TMPDIR", "/tmp")))))
-    with pytest.raises(VerificationError, match="killed by signal 9, most likely for lack of memory"):
-        verify(artefact)
-
-
-def _killed(directory: Path) -> Path:
-    script = directory / f"killed-{os.getpid()}.sh"
+def test_a_killed_runtime_says_how_to_do_with_less(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "killed.sh"
     script.write_text("#!/bin/sh\nkill -9 $$\n")
     script.chmod(0o755)
-    return script
+    monkeypatch.setattr("sys.executable", str(script))
+    with pytest.raises(VerificationError, match="killed by signal 9, most likely for lack of memory"):
+        verify(artefact)
 
 
 def test_the_main_job_proves_itself_and_is_honest_about_vllm(

@@ -105,9 +105,20 @@ def test_a_place_is_a_view_into_the_parameter(*, transposed: bool, rows: tuple[i
 
 
 def test_a_matrix_that_is_split_while_loading_is_refused_with_its_source(tmp_path: Path) -> None:
-    save(build("GlmForCausalLM", {**FAMILIES["llama"].config, "head_dim": 8}), tmp_path)
+    save(build("NomicBertModel", FAMILIES["bert"].config), tmp_path)
     model = StreamedModel(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    for name, reason in model.refused.items():
-        assert any(key in reason for key in stored), name
-    assert {site.tensor for site in model.sites} <= stored.keys()
+    split = [f"layers.{block}.self_attn.{name}_proj" for block in range(2) for name in "qkv"]
+    assert sorted(model.refused) == sorted(split)
+    for name in split:
+        assert f"encoder.layers.{name.split('.')[1]}.attn.Wqkv.weight" in model.refused[name]
+    assert {site.tensor for site in model.sites} <= load_file(tmp_path / "model.safetensors").keys()
+
+
+def test_experts_in_a_shape_of_their_own_are_kept_and_named(tmp_path: Path) -> None:
+    shape = {"vocab_size": 100, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}
+    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    save(build("DbrxForCausalLM", {**shape, "attn_config": attention, "ffn_config": experts}), tmp_path)
+    refused = StreamedModel(tmp_path).refused
+    assert {name.rpartition(".")[2] for name in refused} == {"w1", "v1", "w2"}
+    assert len(refused) == 6

@@ -123,8 +123,13 @@ def test_a_file_is_no_model(mine: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     "name",
-    ["model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.v_proj.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"],
-)  # fmt: skip
+    [
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.2.self_attn.v_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+        "lm_head.weight",
+    ],
+)
 @pytest.mark.parametrize("calibration", [OPTIONS.calibration, "none"], ids=["text", "none"])
 def test_a_weight_that_is_no_number_is_named(
     mine: Path, tmp_path: Path, bad: float, name: str, calibration: Any

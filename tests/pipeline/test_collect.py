@@ -17,6 +17,8 @@ from tests.models.families import FAMILIES, build, save, token_batches
 
 # Sums of float32 over a few hundred rows, in another order.
 TOLERANCE = 1e-5
+# bfloat16 has 8 bits: products of a few maps in a row, squared.
+NARROW_TOLERANCE = 2**-5
 LAYER = "model.layers.0"
 
 
@@ -234,3 +236,15 @@ def test_experts_of_which_none_was_called_are_rounded_plainly_and_noted(director
         idle = found[site(expert, "w1")]
         assert (idle.rows, idle.stats.hessian) == (0, None)
         assert idle.notes == ("no expert of the layer saw calibration data: rounded to nearest",)
+
+
+def test_a_bfloat16_model_may_be_observed_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(build("MixtralForCausalLM", FAMILIES["mixtral"].config).to(torch.bfloat16), tmp_path)
+    found = []
+    for is_supported in (False, True):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda answer=is_supported: answer)
+        found.append(statistics(tmp_path, token_batches((6, 5)), route))
+    for name, exact in found[0].items():
+        narrow = found[1][name]
+        assert (narrow.rows, narrow.notes) == (exact.rows, exact.notes), name
+        assert (hessian(narrow) - hessian(exact)).abs().max() <= NARROW_TOLERANCE * hessian(exact).abs().max(), name

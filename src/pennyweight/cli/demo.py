@@ -24,7 +24,10 @@ def demo(
     out: str | None = typer.Option(None, help="Keep the results in this new directory.  [default: a temporary one]"),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Quantize the shipped model at several widths, evaluate and verify each, and show what was gained and lost."""
+    """The whole journey on the model that is shipped.
+
+    Quantize it at several widths, evaluate and verify each, and show what was gained and lost.
+    """
     from pennyweight.core.errors import UsageError
 
     if out is not None and Path(out).exists():

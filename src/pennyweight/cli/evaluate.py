@@ -23,7 +23,10 @@ def evaluate(
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Perplexity, KL to the original, and agreement, with standard errors; both models are run block by block."""
+    """Perplexity, KL and agreement with the original.
+
+    Standard errors are over windows. Both models are run block by block.
+    """
     from pennyweight.evaluate.compare import evaluate as compare
 
     set_jobs(jobs)

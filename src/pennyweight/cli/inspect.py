@@ -20,7 +20,7 @@ def inspect(
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Sites, shapes, sizes, ranges and outliers of a model's weights."""
+    """Sites, shapes, sizes and outliers of a model."""
     from pennyweight.core.errors import UsageError
     from pennyweight.evaluate.inventory import inventory
 

@@ -37,7 +37,7 @@ def quantize(
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Quantize a model into a new directory, and verify it in its runtime.
+    """Quantize a model, and verify it in its runtime.
 
     After a crash or Ctrl-C the same command continues where it was.
     """

@@ -17,7 +17,10 @@ def run(
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Continue a prompt with the model as transformers runs it; the text is streamed."""
+    """Continue a prompt.
+
+    The model is run by transformers; the text is streamed.
+    """
     from pennyweight.cli.console import device_of
     from pennyweight.evaluate.generate import generate
 

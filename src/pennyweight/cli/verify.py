@@ -15,7 +15,11 @@ def verify(
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Open an artefact with transformers in a fresh process and compare it with our own decoding."""
+    """Check that the runtime reads what was meant.
+
+    The files must be the ones that pennyweight.json lists; transformers opens them in a fresh process, and its results
+    are compared with those of our own decoding.
+    """
     from pennyweight.core.errors import UsageError
     from pennyweight.evaluate.verify import verify as check
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import DataError, ModelError
-from pennyweight.core.parallel import chunks, one_thread_per_operation, parallel_map
+from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models import text
 from pennyweight.models.hub import resolve
 from pennyweight.models.streamed import Stream, StreamedModel

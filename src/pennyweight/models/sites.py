@@ -44,13 +44,24 @@ def find_sites(model: nn.Module, blocks: list[str], weights: WeightMap) -> Sites
     """
     found = Sites([], {}, {})
     for number, block in enumerate(blocks):
+        first = len(found.sites)
         for path, module in model.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
                 if not _is_router(model, block, path):
                     _add_matrix(found, path, module, number, weights)
             elif _names_experts(module, path):
                 _add_experts(found, path, module, number, weights)
+        _note_others(found, model, block, max((site.weights for site in found.sites[first:]), default=0))
     return found
+
+
+def _note_others(found: Sites, model: nn.Module, block: str, largest: int) -> None:
+    """Matrices as large as the block's largest site that are none themselves are named: too much to pass over."""
+    owned = {place.parameter for place in found.places.values()}
+    for path, parameter in model.get_submodule(block).named_parameters(prefix=block):
+        known = path in owned or path in found.refused or path.removesuffix(".weight") in found.refused
+        if parameter.ndim > 1 and parameter.numel() >= max(largest, 1) and not known:
+            found.refused[path] = "it is not kept as the matrix of a linear map"
 
 
 def _is_router(model: nn.Module, block: str, path: str) -> bool:

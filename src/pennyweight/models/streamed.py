@@ -59,7 +59,7 @@ class StreamedModel:
         self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self._outside: dict[int, Tensor] = {}
         self._loading = threading.Lock()
-        self._returns_tuple = False
+        self._returned = 0
         self._read_buffers()
 
     @property
@@ -89,7 +89,7 @@ class StreamedModel:
         stream = Stream([batch.to(self.device) for batch in batches], [], [])
         canonical: list[Tensor] = []
         with torch.no_grad(), one_thread_per_operation(), self.opened(0) as first:
-            self._returns_tuple = self._probe(first, stream.input_ids[0])
+            self._returned = self._probe(first, stream.input_ids[0])
             for ids in stream.input_ids:
                 recorded, hidden = self._record(ids)
                 stream.hidden.append(hidden)
@@ -108,7 +108,7 @@ class StreamedModel:
             observer = None if seen is None else seen(batch)
             with torch.no_grad(), Intercept(load=self._load, watched=watched, seen=observer):
                 out = block(stream.hidden[batch], *args, **kwargs)
-            return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+            return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
 
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
 
@@ -132,13 +132,14 @@ class StreamedModel:
             yield finish
         self.release()
 
-    def _probe(self, first: nn.Module, ids: Tensor) -> bool:
-        """Whether blocks return tuples: seen by running the first one on a few tokens."""
-        answer: list[bool] = []
+    def _probe(self, first: nn.Module, ids: Tensor) -> int:
+        """How long a tuple blocks return, 0 for a tensor alone: seen by running the first one on a few tokens."""
+        answer: list[int] = []
         original = first.forward
 
         def look(*args: Any, **kwargs: Any) -> Any:
-            answer.append(isinstance(original(*args, **kwargs), tuple))
+            out = original(*args, **kwargs)
+            answer.append(len(out) if isinstance(out, tuple | list) else 0)
             raise _Enough
 
         self._run_with([look], ids[:1, :8])
@@ -184,7 +185,7 @@ class StreamedModel:
         return list(inspect.signature(block.forward).parameters)[1]
 
     def _wrap(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+        return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
     @contextmanager
     def _patched(self, functions: Sequence[Callable[..., Any]]) -> Iterator[None]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pennyweight.core.memory import give_back_memory
+from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.pipeline.collect import SiteStatistics, collect
 from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone, SiteRecord, Tell
-from pennyweight.pipeline.solve import SolvedSite, check_finite, solve_site
+from pennyweight.pipeline.solve import SolvedSite, check_finite, joined, solve_site
+from pennyweight.schemes import PerTensor, Scheme
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solver, Statistics
+
+# Weights that one thread reads and solves at a time where there is no data: its buffers are small enough that the
+# allocator reuses them, which a buffer of a whole matrix is not.
+_PART = 1 << 20
 
 
 def run_blocks(
@@ -52,7 +60,7 @@ def _one_block(
 ) -> list[SiteRecord]:
     sites = [site for site in model.sites_of(index) if site.name in output.plan.schemes]
     if stream is None:
-        return [_from_disk(model, output, site, solver=solver, fit=fit) for site in sites]
+        return _without_data(model, output, sites, solver=solver, fit=fit)
     with model.opened(index) as block:
         for site in sites:
             # Before the block is run: what comes out of NaN would be blamed on other sites.
@@ -77,23 +85,48 @@ def _solve(
     return solve_site(site, model.matrix(site).contiguous(), output.plan.schemes[site.name], solver, fit, found)
 
 
-def _from_disk(model: StreamedModel, output: Output, site: Site, *, solver: Solver, fit: Fit) -> SiteRecord:
-    """A site solved without data: its matrix alone is read, not its block."""
-    matrix = stored_matrix(model.checkpoint, site).float().contiguous()
-    check_finite(matrix, site.tensor)
-    nothing = SiteStatistics(Statistics(), 0)
-    solved = solve_site(site, matrix.to(model.device), output.plan.schemes[site.name], solver, fit, nothing)
-    output.write(site, solved.weight)
-    return solved.record
+def _without_data(
+    model: StreamedModel, output: Output, sites: Sequence[Site], *, solver: Solver, fit: Fit
+) -> list[SiteRecord]:
+    """Sites solved without data: a few rows at a time are read and solved, each part by one thread."""
+    parts = [(site, part) for site in sites for part in _row_parts(site, output.plan.schemes[site.name])]
+
+    def solve(work: tuple[Site, slice]) -> SolvedSite:
+        site, part = work
+        matrix = stored_matrix(model.checkpoint, site, part).to(model.device).float().contiguous()
+        check_finite(matrix, site.tensor)
+        return solve_site(site, matrix, output.plan.schemes[site.name], solver, fit, SiteStatistics(Statistics(), 0))
+
+    solved: dict[str, list[SolvedSite]] = {site.name: [] for site in sites}
+    for (site, _), result in zip(parts, parallel_map(solve, parts), strict=True):
+        solved[site.name].append(result)
+
+    def write(site: Site) -> SiteRecord:
+        whole = joined(solved.pop(site.name))
+        output.write(site, whole.weight)
+        return whole.record
+
+    return parallel_map(write, sites)
 
 
-def stored_matrix(checkpoint: Checkpoint, site: Site) -> Tensor:
-    """The matrix [out, in] of `site` in its stored type, read without what else its tensor holds."""
-    if site.index is None:
+def _row_parts(site: Site, scheme: Scheme) -> list[slice]:
+    """Rows that can be solved by themselves: all at once where they share a scale or do not lie together."""
+    if isinstance(scheme.granularity, PerTensor) or site.transposed or 0 in site.shape:
+        return [slice(0, site.shape[0])]
+    return chunks(site.shape[0], max(1, _PART // site.shape[1]))
+
+
+def stored_matrix(checkpoint: Checkpoint, site: Site, rows: slice | None = None) -> Tensor:
+    """The matrix [out, in] of `site`, or some `rows` of it, in its stored type, read without what else its tensor holds."""
+    if site.index is None and not site.transposed:
+        matrix = checkpoint.read(site.tensor, rows)
+        rows = None
+    elif site.index is None:
         matrix = checkpoint.read(site.tensor)
     else:
         matrix = checkpoint.read(site.tensor, slice(site.index, site.index + 1))[0]
-    return matrix.T if site.transposed else matrix
+    matrix = matrix.T if site.transposed else matrix
+    return matrix if rows is None else matrix[rows]
 
 
 def _put_back(model: StreamedModel, site: Site, solved: SolvedSite) -> None:

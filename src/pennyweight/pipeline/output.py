@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pennyweight.containers.base import Container
 from pennyweight.containers.weight_files import OpenWeightFiles, tensor_bytes
 from pennyweight.core.errors import ContainerError
+from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models.base import Checkpoint, Site, TensorInfo
 from pennyweight.pipeline.solve import check_finite
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import QuantizedWeight
 
 # Bytes of a kept tensor that are in memory at a time.
-_COPY_BYTES = 1 << 24
+_COPY_BYTES = 1 << 22
 # What travels with the weights: tokenizer, chat templates, generation settings, the further modules of a sentence
 # embedder (1_Pooling), licence, and a model's own code.
 _CARRIED = (
@@ -58,21 +57,23 @@ class Output:
 
     def copy_kept(self, names: Sequence[str]) -> None:
         """Copy tensors that stay as they are, a piece at a time; raises WeightError on NaN or infinity."""
-        for name in names:
-            for offset, piece in self._pieces(name):
-                if piece.is_floating_point() and piece.dtype.itemsize > 1:
-                    check_finite(piece, name)
-                self.files.write_chunk(name, offset, tensor_bytes(piece))
+        parallel_map(self._copy, [(name, part) for name in names for part in self._parts(name)])
 
-    def _pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+    def _parts(self, name: str) -> list[slice | None]:
+        """Rows that are copied at once, None for the whole tensor."""
         info = self.checkpoint.tensors[name]
         if not info.shape or info.size_bytes <= _COPY_BYTES:
-            yield 0, self.checkpoint.read(name)
-            return
-        row_bytes = info.size_bytes // info.shape[0]
-        rows = max(1, _COPY_BYTES // row_bytes)
-        for start in range(0, info.shape[0], rows):
-            yield start * row_bytes, self.checkpoint.read(name, slice(start, min(start + rows, info.shape[0])))
+            return [None]
+        return [*chunks(info.shape[0], max(1, _COPY_BYTES // (info.size_bytes // info.shape[0])))]
+
+    def _copy(self, piece: tuple[str, slice | None]) -> None:
+        name, part = piece
+        tensor = self.checkpoint.read(name, part)
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            check_finite(tensor, name)
+        info = self.checkpoint.tensors[name]
+        offset = 0 if part is None else part.start * (info.size_bytes // info.shape[0])
+        self.files.write_chunk(name, offset, tensor_bytes(tensor))
 
     def write(self, site: Site, weight: QuantizedWeight) -> None:
         for name, tensor in self.container.encode(site, weight).items():

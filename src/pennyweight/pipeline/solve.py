@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ class SolvedSite:
 def check_finite(w: Tensor, name: str) -> None:
     """Raises WeightError that names the tensor where it holds NaN or infinity."""
     # The sum of finite numbers may overflow but a non-finite one never gives a finite sum: the cheap test first.
-    if not w.sum(dtype=torch.float64).isfinite() and not w.isfinite().all():
+    if not w.sum().isfinite() and not w.isfinite().all():
         bad = int((~w.isfinite()).sum())
         raise WeightError(
             f"{name}: {bad} of {w.numel()} weights are NaN or infinite; a model with such weights is damaged: "
@@ -41,22 +43,46 @@ def check_finite(w: Tensor, name: str) -> None:
 
 
 def solve_site(site: Site, w: Tensor, scheme: Scheme, solver: Solver, fit: Fit, found: SiteStatistics) -> SolvedSite:
-    """The codes of `site` and its record; `w` float32 [out, in], finite. Errors carry the site's name."""
+    """The codes of `site` and its record; `w` float32 [out, in] (or rows of it), finite. Errors carry the site's name."""
     chosen: Solver = Nearest(fit) if solver.needs_hessian and found.stats.hessian is None else solver
     try:
         solution = chosen.solve(w, scheme, found.stats)
     except PennyweightError as failure:
         raise type(failure)(f"{site.name}: {failure}") from failure
-    error, nearest = _errors(w, solution.weight, found.stats)
+    every = max(1, -(-site.shape[0] // _SAMPLED_ROWS))
+    error, nearest = _errors(w, solution.weight, found.stats, every=every)
     record = SiteRecord(site.name, scheme.name, error, nearest, found.rows, found.notes + solution.notes)
     return SolvedSite(solution.weight, record)
 
 
-def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics) -> tuple[float, float]:
-    """Relative errors of the result and of rounding to nearest with the same scales, on sampled rows."""
+def joined(parts: Sequence[SolvedSite]) -> SolvedSite:
+    """One site from the solutions of its consecutive rows; the errors are their means weighted by rows."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    weights = [part.weight for part in parts]
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+    whole = QuantizedWeight(
+        torch.cat([weight.codes for weight in weights]),
+        torch.cat([weight.scales for weight in weights]),
+        torch.cat(zeros) if zeros else None,
+        first.weight.scheme,
+    )
+    rows = [weight.shape[0] for weight in weights]
+    error, nearest = (
+        math.fsum(n * getattr(part.record, name) for n, part in zip(rows, parts, strict=True)) / sum(rows)
+        for name in ("error", "error_nearest")
+    )
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.record.notes))
+    record = replace(first.record, error=error, error_nearest=nearest, notes=notes)
+    return SolvedSite(whole, record)
+
+
+def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int) -> tuple[float, float]:
+    """Relative errors of the result and of rounding to nearest with the same scales, on every `every`-th row."""
     if w.numel() == 0:
         return 0.0, 0.0
-    rows = torch.arange(0, w.shape[0], max(1, -(-w.shape[0] // _SAMPLED_ROWS)), device=w.device)
+    rows = torch.arange(0, w.shape[0], every, device=w.device)
     sample = w[rows]
     result = _take(weight, rows)
     nearest = round_to_nearest(sample, result.scheme, result.scales, result.zeros)

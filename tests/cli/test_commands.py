@@ -1,0 +1,204 @@
+"""Every command: its one JSON object, its words for people, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from pennyweight.cli import console
+from pennyweight.cli.main import app
+from pennyweight.core.errors import UsageError
+from pennyweight.pipeline.records import RunReport
+from tests.pipeline import tiny
+
+Command = Callable[..., Result]
+COMMANDS = [command.name for command in app.registered_commands]
+QUICK = ("--scheme", "int4-g16", "--length", 24, "--verify", "none")
+
+
+def _json(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_quantize_prints_one_json_object(pennyweight: Command, model: Path, text: str, tmp_path: Path) -> None:
+    result = pennyweight("quantize", model, "--out", tmp_path / "out", "--calibration", text, *QUICK, "--json")
+    found = _json(result)
+    promised = {"out", "size_bytes", "budget_bytes", "bpw", "sites", "kept", "fallbacks", "seconds",
+                "peak_memory_bytes", "verified"}  # fmt: skip
+    assert promised <= found.keys()
+    assert (found["sites"], found["verified"]) == (21, "none")
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["block 1/3", "block 2/3", "block 3/3"]
+    assert "q_proj" in lines[0]
+    assert "x nearest" in lines[0]
+
+
+def test_quantize_says_what_happened(pennyweight: Command, model: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.work-000000000000").mkdir()
+    result = pennyweight("quantize", model, "--out", tmp_path / "out", "--solver", "nearest", "--bits", 3, *QUICK[4:])
+    assert result.exit_code == 0, result.output
+    assert "21 weights quantized at 4.000 bits, scales included" in result.stdout
+    assert (
+        "changed for 18: int3-g32-f32 in place of int3-g128-f32: groups of 128 do not divide 32 inputs" in result.stdout
+    )
+    assert ".out.work-000000000000" in result.stdout
+    assert "verified: none" in result.stdout
+
+
+def test_evaluate_prints_one_json_object(pennyweight: Command, model: Path, artefact: Path, text: str) -> None:
+    found = _json(pennyweight("evaluate", artefact, "--against", model, "--text", text, "--length", 24, "--json"))
+    promised = {"perplexity", "reference_perplexity", "kl_mean", "kl_stderr", "top1_agreement", "tokens", "context",
+                "size_bytes", "bpw"}  # fmt: skip
+    assert promised <= found.keys()
+    assert found["context"] == 24
+    words = pennyweight("evaluate", artefact, "--against", model, "--text", text, "--length", 24, "--samples", 1)
+    assert "23 tokens in 1 windows of 24, stride 24" in words.stdout
+    assert "standard error inf" in words.stdout
+
+
+def test_inspect_prints_one_json_object(pennyweight: Command, model: Path) -> None:
+    found = _json(pennyweight("inspect", model, "--json"))
+    assert (found["blocks"], len(found["sites"])) == (3, 21)
+    assert found["sites"][0].keys() == {"name", "shape", "kind", "stored_as", "std", "largest"}
+    words = pennyweight("inspect", model).stdout
+    assert "LlamaForCausalLM, 3 blocks" in words
+    assert "model.layers.*.self_attn.q_proj" in words
+    assert "kernels" in _json(pennyweight("inspect", "--cpu", "--json"))
+
+
+def test_verify_prints_one_json_object_or_fails_loudly(pennyweight: Command, artefact: Path, tmp_path: Path) -> None:
+    found = _json(pennyweight("verify", artefact, "--extent", "blocks", "--json"))
+    assert (found["verified"], found["weights_compared"]) == ("partial", 21)
+    mine = Path(shutil.copytree(artefact, tmp_path / "mine"))
+    raw = bytearray((mine / "model.safetensors").read_bytes())
+    raw[-3] ^= 1
+    (mine / "model.safetensors").write_bytes(raw)
+    result = pennyweight("verify", mine, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {mine}: model.safetensors is not the file that was written")
+
+
+def test_run_continues_a_prompt(pennyweight: Command, artefact: Path) -> None:
+    found = _json(pennyweight("run", artefact, "--prompt", "a bee", "--max-tokens", 5, "--device", "cpu", "--json"))
+    assert found["prompt"] == "a bee"
+    assert 1 <= found["tokens"] <= 5
+    same = _json(pennyweight("run", artefact, "--prompt", "a bee", "--max-tokens", 5, "--device", "cpu", "--json"))
+    assert same["text"] == found["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("quantize", "nowhere/at/all", "--out", "out"), 1, "there is no such path"),
+        (("quantize", "MODEL", "--out", "out", "--scheme", "int4"), 2, "'int4' is not the name of a scheme"),
+        (("quantize", "MODEL", "--out", "out", "--scheme", "int4-g16", "--bits", "4"), 2, "exclude each other"),
+        (("quantize", "MODEL", "--out", "out", "--bits", "9"), 2, "--bits"),
+        (("quantize", "MODEL", "--out", "out", "--solver", "magic"), 2, "choose|gptq, nearest"),
+        (("quantize", "MODEL", "--out", "out", "--fit", "best"), 2, "--fit best"),
+        (("quantize", "MODEL", "--out", "out", "--verify", "maybe"), 2, "--verify maybe"),
+        (("quantize", "MODEL", "--out", "out", "--for", "abacus"), 2, "choose from transformers, vllm"),
+        (("quantize", "MODEL", "--out", "out", "--device", "abacus"), 2, "--device abacus: not a device"),
+        (("quantize", "MODEL", "--out", "out", "--device", "meta"), 2, "--device meta: not a device"),
+        (("quantize", "MODEL", "--out", "out", "--device", "cuda:99"), 2, "no such GPU"),
+        (("quantize", "MODEL", "--out", "out", "--calibration", "none"), 2, "needs calibration data"),
+        (("quantize", "MODEL", "--out", "out", "--calibration", "no.txt"), 1, "no.txt does not exist"),
+        (("quantize", "MODEL", "--out", "MODEL"), 2, "is not an empty directory"),
+        (("quantize", "MODEL", "--out", "far/away"), 2, "far does not exist"),
+        (("quantize", "MODEL", "--out", "out", "--for", "vllm", "--bits", 3, "--solver", "nearest"), 1, "4 and 8 bits"),
+        (("quantize", "MODEL"), 2, "--out"),
+        (("evaluate", "MODEL", "--against", "MODEL", "--text", "no.txt"), 1, "no.txt does not exist"),
+        (("inspect",), 2, "name a model"),
+        (("inspect", "nowhere/at/all"), 1, "there is no such path"),
+        (("verify", "nowhere/at/all"), 1, "does not exist"),
+        (("verify", "MODEL", "--extent", "some"), 2, "--extent some"),
+        (("run", "MODEL"), 2, "--prompt"),
+        (("run", "nowhere/at/all", "--prompt", "a"), 1, "there is no such path"),
+        (("demo", "--out", "MODEL"), 2, "exists"),
+        (("quantise",), 2, "quantise"),
+    ],
+)  # fmt: skip
+def test_every_wrong_use_ends_with_the_right_code_and_leaves_nothing(
+    pennyweight: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...], code: int, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    result = pennyweight(*(str(model) if argument == "MODEL" else argument for argument in arguments))
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert any(part in result.stderr for part in message.split("|"))
+    assert "Traceback" not in result.stderr
+    if result.stderr.startswith("error"):
+        assert result.stderr.count("\n") == 1
+    assert tiny.traces(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), "\ninterrupted"),
+        (OSError(5, "Input/output error", "/dev/disk"), "error: /dev/disk: Input/output error"),
+    ],
+)
+def test_an_ended_run_says_what_is_kept(
+    pennyweight: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
+) -> None:
+    error.add_note("2 finished blocks are kept in x")
+
+    def fail(*args: object, **kwargs: object) -> RunReport:
+        raise error
+
+    monkeypatch.setattr("pennyweight.evaluate.proved.quantize", fail)
+    result = pennyweight("quantize", "model", "--out", "out")
+    assert (result.exit_code, result.stderr) == (1, f"{said}; 2 finished blocks are kept in x\n")
+
+
+def test_a_fault_of_ours_is_not_dressed_up(pennyweight: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> RunReport:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pennyweight.evaluate.proved.quantize", fail)
+    assert isinstance(pennyweight("quantize", "model", "--out", "out").exception, ZeroDivisionError)
+
+
+def test_numbers_that_json_lacks_become_null(capsys: pytest.CaptureFixture[str]) -> None:
+    console.put_json({"a": float("inf"), "b": [float("nan"), 1.5], "c": (1,)})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": [1]}
+
+
+def test_the_bar_is_drawn_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.Bar("blocks").show(1, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bar = console.Bar("blocks")
+    bar.show(1, 2)
+    bar.show(2, 2)
+    drawn = capsys.readouterr().err
+    assert "blocks [###############...............] 1/2" in drawn
+    assert "left" in drawn
+    assert drawn.endswith("\n")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert console.device_of("cpu") == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert console.device_of("auto") == "cuda"
+    assert console.device_of("cuda:1") == "cuda:1"
+    with pytest.raises(UsageError, match="no such GPU"):
+        console.device_of("cuda:2")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_described_in_a_line_that_fits(pennyweight: Command, name: str) -> None:
+    assert pennyweight(name, "--help").exit_code == 0
+    [line] = [line for line in pennyweight("--help").stdout.splitlines() if line.startswith(f"  {name} ")]
+    assert not line.endswith("...")
