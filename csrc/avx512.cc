@@ -1,9 +1,10 @@
-// The kernels compiled for avx512; see round_block.h and search_groups.h.
+// The kernels compiled for avx512; see the headers for each.
+#include "encode_groups.h"
 #include "round_block.h"
 #include "search_groups.h"
 
 namespace pennyweight {
 
-const Kernels kAvx512Kernels = {"avx512", search_groups, round_block};
+const Kernels kAvx512Kernels = {"avx512", range_groups, encode_groups, search_groups, round_block};
 
 }  // namespace pennyweight

@@ -12,15 +12,16 @@ enum class Stored : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A block of columns of a weight, transposed: arrays are [columns, rows], row-major, float32.
 struct RoundBlock {
-  float* targets;         // in: what each column should be rounded from; out: undefined
-  const float* weights;   // the weights themselves
-  float* values;          // out: values of the number format (whole numbers)
-  float* errors;          // out: weight - decoded weight
-  const float* lower;     // [columns, columns], rows `lower_stride` apart: unit lower factor; the strict lower part is read
+  float* targets;        // in: what each column should be rounded from; out: undefined
+  const float* weights;  // the weights themselves
+  float* values;         // out: values of the number format (whole numbers)
+  float* errors;         // out: weight - decoded weight
+  const float*
+      lower;  // [columns, columns], rows `lower_stride` apart: unit lower factor; the strict lower part is read
   std::size_t lower_stride;
-  const float* scales;          // [groups, rows]; never zero
-  const float* zeros;           // [groups, rows], or null
-  const std::int64_t* groups;   // [columns]: the group of each column
+  const float* scales;         // [groups, rows]; never zero
+  const float* zeros;          // [groups, rows], or null
+  const std::int64_t* groups;  // [columns]: the group of each column
   std::size_t columns;
   std::size_t rows;
   float smallest;  // of the number format
@@ -46,8 +47,24 @@ struct SearchGroups {
   Stored stored;
 };
 
+// Groups of weights that are rounded to the nearest value of their grid.
+struct EncodeGroups {
+  const float* w;       // [groups, size]
+  const float* scales;  // [groups]; never zero
+  const float* zeros;   // [groups], or null
+  std::uint8_t* codes;  // [groups, size], out: value - smallest
+  std::size_t groups;
+  std::size_t size;
+  float smallest;  // of the number format
+  float largest;
+};
+
 struct Kernels {
   const char* name;
+  // Smallest and largest of each group [size], written to `low` and `high` [groups].
+  void (*range_groups)(const float* w, std::size_t groups, std::size_t size, float* low, float* high);
+  // The twin in torch is pennyweight.solvers.nearest._encode.
+  void (*encode_groups)(const EncodeGroups& groups);
   // The search of fit_scales with its least-squares steps. The twin in torch is pennyweight.schemes.fit._search.
   void (*search_groups)(const SearchGroups& groups);
   // GPTQ within one block, last column first: round, decode, add the error times a row of `lower` to the targets of the
@@ -62,7 +79,8 @@ constexpr std::size_t kMaxInstructionSets = 8;
 // `names` [kMaxInstructionSets]; returns how many. The strings are static.
 std::size_t instruction_sets(const char** names);
 
-// Writes the kernel tables that this processor can run, best first, to `tables` [kMaxInstructionSets]; returns how many.
+// Writes the kernel tables that this processor can run, best first, to `tables` [kMaxInstructionSets]; returns how
+// many.
 std::size_t kernel_tables(const Kernels** tables);
 
 extern const Kernels kScalarKernels;

@@ -61,20 +61,13 @@ void round_block(Matrix targets, ConstMatrix weights, Matrix values, Matrix erro
   }
   if (stored < 0 || stored > 2) throw std::invalid_argument("stored: 0, 1 or 2 is expected");
   const pennyweight::Kernels& chosen = table(kernels);
-  const pennyweight::RoundBlock block{targets.data(),
-                                      weights.data(),
-                                      values.data(),
-                                      errors.data(),
-                                      lower.data(),
-                                      static_cast<std::size_t>(columns > 0 ? lower.stride(0) : 0),
-                                      scales.data(),
-                                      zeros ? zeros->data() : nullptr,
-                                      groups.data(),
-                                      columns,
-                                      rows,
-                                      smallest,
-                                      largest,
-                                      static_cast<pennyweight::Stored>(stored)};
+  const pennyweight::RoundBlock block{targets.data(), weights.data(),
+                                      values.data(),  errors.data(),
+                                      lower.data(),   static_cast<std::size_t>(columns > 0 ? lower.stride(0) : 0),
+                                      scales.data(),  zeros ? zeros->data() : nullptr,
+                                      groups.data(),  columns,
+                                      rows,           smallest,
+                                      largest,        static_cast<pennyweight::Stored>(stored)};
   nb::gil_scoped_release release;
   chosen.round_block(block);
 }
@@ -113,6 +106,41 @@ void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector 
   chosen.search_groups(search);
 }
 
+void range_groups(ConstMatrix w, Vector low, Vector high, const std::string& kernels) {
+  const std::size_t groups = w.shape(0);
+  const std::size_t size = w.shape(1);
+  if (low.shape(0) != groups || high.shape(0) != groups) {
+    throw std::invalid_argument("low and high: one for each group is expected");
+  }
+  if (size == 0) throw std::invalid_argument("w: groups of at least one weight are expected");
+  const pennyweight::Kernels& chosen = table(kernels);
+  const float* weights = w.data();
+  float* least = low.data();
+  float* most = high.data();
+  nb::gil_scoped_release release;
+  chosen.range_groups(weights, groups, size, least, most);
+}
+
+using Codes = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void encode_groups(ConstMatrix w, ConstVector scales, std::optional<ConstVector> zeros, Codes codes, float smallest,
+                   float largest, const std::string& kernels) {
+  const std::size_t groups = w.shape(0);
+  const std::size_t size = w.shape(1);
+  expect(codes, groups, size, "codes");
+  if (scales.shape(0) != groups || (zeros && zeros->shape(0) != groups)) {
+    throw std::invalid_argument("scales and zeros: one for each group is expected");
+  }
+  if (!(largest - smallest >= 0.0f && largest - smallest <= 255.0f)) {
+    throw std::invalid_argument("smallest and largest: at most 256 values are expected");
+  }
+  const pennyweight::Kernels& chosen = table(kernels);
+  const pennyweight::EncodeGroups encode{
+      w.data(), scales.data(), zeros ? zeros->data() : nullptr, codes.data(), groups, size, smallest, largest};
+  nb::gil_scoped_release release;
+  chosen.encode_groups(encode);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -139,6 +167,13 @@ NB_MODULE(_native, module) {
         return names;
       },
       "Names of the kernel tables that this processor can run, best first.");
+
+  module.def("range_groups", &range_groups, nb::arg("w"), nb::arg("low"), nb::arg("high"), nb::arg("kernels"),
+             "Smallest and largest of groups [groups, size]; `low` and `high` are written.");
+
+  module.def("encode_groups", &encode_groups, nb::arg("w"), nb::arg("scales"), nb::arg("zeros").none(),
+             nb::arg("codes"), nb::arg("smallest"), nb::arg("largest"), nb::arg("kernels"),
+             "Nearest codes of groups [groups, size]; `codes` are written.");
 
   module.def("search_groups", &search_groups, nb::arg("w"), nb::arg("importance").none(), nb::arg("scales"),
              nb::arg("zeros").none(), nb::arg("factors"), nb::arg("smallest"), nb::arg("largest"), nb::arg("limit"),

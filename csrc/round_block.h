@@ -1,4 +1,5 @@
-// The body of Kernels::round_block, compiled once for each instruction set: the compiler vectorises the loops over rows.
+// The body of Kernels::round_block, compiled once for each instruction set: the compiler vectorises the loops over
+// rows.
 #pragma once
 
 #include "kernels.h"

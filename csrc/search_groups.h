@@ -39,8 +39,8 @@ inline float total(const float* lanes) {
   return sums[0];
 }
 
-// The lanes from `at` on, added to the partial sums. Dividing by the scale would be exact but slow; the codes are chosen
-// by division later.
+// The lanes from `at` on, added to the partial sums. Dividing by the scale would be exact but slow; the codes are
+// chosen by division later.
 template <bool kWeighted, bool kLeastSquares>
 inline void add(const Group& g, Candidate c, float low, float high, std::size_t at, std::size_t lanes, float* error,
                 float* wq, float* qq) {

@@ -50,6 +50,9 @@ def _search_groups(native: Any, table: str, groups: int, size: int, stored: int)
         for zeros in (None, _matrix(groups, step=0.0)):
             scales = _matrix(groups, step=0.0)
             native.search_groups(w, importance, scales, zeros, factors, -8.0, 7.0, 1e30, 1e-30, stored, table)
+            codes = memoryview(bytearray(groups * size)).cast("B", shape=[groups, size])
+            native.encode_groups(w, scales, zeros, codes, -8.0, 7.0, table)
+    native.range_groups(w, _matrix(groups), _matrix(groups), table)
 
 
 if __name__ == "__main__":

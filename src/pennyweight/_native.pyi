@@ -3,6 +3,16 @@ from torch import Tensor
 def version() -> str: ...
 def instruction_sets() -> list[str]: ...
 def kernel_tables() -> list[str]: ...
+def range_groups(w: Tensor, low: Tensor, high: Tensor, kernels: str) -> None: ...
+def encode_groups(
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codes: Tensor,
+    smallest: float,
+    largest: float,
+    kernels: str,
+) -> None: ...
 def search_groups(
     w: Tensor,
     importance: Tensor | None,

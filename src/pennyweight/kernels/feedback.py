@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.formats import NumberFormat
-from pennyweight.formats.integer import Int
-from pennyweight.kernels.native import STORED, kernel_table, native
+from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def round_block_(
     targets_k += lower_jk errors_j for all k < j. All [columns, rows] float32; `lower` [columns, columns] is unit lower;
     `groups` int64 [columns] are rows of the grid's scales. `values`, `errors` and `targets` are written.
     """
-    library = native() if isinstance(grid.element, Int) and targets.device.type == "cpu" else None
+    library = native() if has_kernels(targets, grid.element) else None
     if library is None:
         _round_block(targets, w, values, errors, lower=lower, grid=grid, groups=groups)
         return

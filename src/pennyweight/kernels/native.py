@@ -13,8 +13,11 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from pennyweight.core.errors import MissingExtraError, UsageError
+from pennyweight.formats import NumberFormat
+from pennyweight.formats.integer import Int
 
 # The numbers that csrc/kernels.h gives to the types in which scales are stored.
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -58,3 +61,8 @@ def kernel_table() -> str | None:
     if choice not in there:
         raise UsageError(f"{VARIABLE}={choice}: this processor has {', '.join(there)}: name one of these, or auto")
     return choice
+
+
+def has_kernels(x: Tensor, element: NumberFormat) -> bool:
+    """Whether the native kernels take `x` and this number format: integers, in the processor's memory."""
+    return isinstance(element, Int) and x.device.type == "cpu" and native() is not None

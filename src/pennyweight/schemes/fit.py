@@ -11,15 +11,14 @@ from torch import Tensor
 
 from pennyweight.core.errors import ShapeError
 from pennyweight.core.parallel import chunks, one_thread_per_operation, parallel_map
-from pennyweight.formats.integer import Int
-from pennyweight.kernels.native import STORED, kernel_table, native
+from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native
 from pennyweight.schemes.quantized import grouped
 from pennyweight.schemes.scheme import PerTensor, Scheme
 
 Fit = Literal["minmax", "search"]
 
-# Weights per chunk: a few float32 temporaries of this length stay in a core's second-level cache.
-_CHUNK = 1 << 16
+# Weights per chunk: they stay in a core's second-level cache.
+_CHUNK = 1 << 18
 # Shrink factors of the range that the search tries, widest first. Low widths gain from clipping far more.
 _GRIDS = {bits: tuple(1.0 - step * i for i in range(count)) for bits, step, count in (
     (2, 0.05, 14), (3, 0.04, 14), (4, 0.03, 13), (5, 0.025, 10), (6, 0.02, 8), (7, 0.01, 8), (8, 0.005, 8),
@@ -81,12 +80,23 @@ def _per_weight(importance: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> T
 
 
 def _fit_chunk(w: Tensor, scheme: Scheme, *, weights: Tensor | None, fit: Fit) -> _Candidate:
-    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    low, high = _range(w, scheme)
     best = _minmax(low, high, scheme)
     if fit == "search":
-        search = _search_native if _has_native(w, scheme) else _search
+        search = _search_native if has_kernels(w, scheme.element) else _search
         best = search(w, best, low=low, high=high, scheme=scheme, weights=weights)
     return _exact_where_constant(best, low=low, high=high, scheme=scheme)
+
+
+def _range(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of each group, [rows, groups, 1]."""
+    library = native() if has_kernels(w, scheme.element) else None
+    if library is None:
+        return w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    low, high = torch.empty(2, w.shape[0] * w.shape[1])
+    library.range_groups(w.reshape(-1, w.shape[2]), low, high, kernel_table())
+    shape = (w.shape[0], w.shape[1], 1)
+    return low.reshape(shape), high.reshape(shape)
 
 
 def _minmax(low: Tensor, high: Tensor, scheme: Scheme) -> _Candidate:
@@ -135,10 +145,6 @@ def _search(
         candidate = _least_squares(w, best, scheme, weights)
         best, lowest = _better(best, lowest, candidate, _error(w, candidate, scheme, weights, buffer))
     return best
-
-
-def _has_native(w: Tensor, scheme: Scheme) -> bool:
-    return isinstance(scheme.element, Int) and w.device.type == "cpu" and native() is not None
 
 
 def _search_native(

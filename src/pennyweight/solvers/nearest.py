@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.formats import NumberFormat
+from pennyweight.kernels.native import has_kernels, kernel_table, native
 from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
 from pennyweight.schemes.quantized import grouped
 from pennyweight.solvers.base import Solution, Solver, Statistics
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,36 @@ def round_to_nearest(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | 
     if w.numel() == 0:
         return QuantizedWeight(torch.zeros(w.shape, dtype=torch.uint8), scales, zeros, scheme)
     view = grouped(w, scheme)
+    codes = torch.empty(view.shape, dtype=torch.uint8, device=w.device)
+    encode = _encode_native if has_kernels(w, scheme.element) else _encode
 
-    def one(part: slice) -> Tensor:
-        values = view[part].float() / scales[part, :, None].float()
-        return scheme.element.encode(values if zeros is None else values.add_(zeros[part, :, None]))
+    def one(part: slice) -> None:
+        zero = None if zeros is None else zeros[part, :, None].float()
+        encode(view[part].float(), scales[part, :, None].float(), zero, scheme.element, codes[part])
 
-    parts = parallel_map(one, chunks(view.shape[0], max(1, _CHUNK // (view.shape[1] * view.shape[2]))))
-    return QuantizedWeight(torch.cat(parts).reshape(w.shape), scales, zeros, scheme)
+    parallel_map(one, chunks(view.shape[0], max(1, _CHUNK // (view.shape[1] * view.shape[2]))))
+    return QuantizedWeight(codes.reshape(w.shape), scales, zeros, scheme)
+
+
+def _encode(w: Tensor, scales: Tensor, zeros: Tensor | None, element: NumberFormat, codes: Tensor) -> None:
+    """`codes` [rows, groups, size] of `w` for float32 scales and zeros [rows, groups, 1]."""
+    values = w / scales
+    codes.copy_(element.encode(values if zeros is None else values.add_(zeros)))
+
+
+def _encode_native(w: Tensor, scales: Tensor, zeros: Tensor | None, element: NumberFormat, codes: Tensor) -> None:
+    library = native()
+    assert library is not None
+    size = w.shape[-1]
+    library.encode_groups(
+        w.reshape(-1, size),
+        scales.flatten(),
+        None if zeros is None else zeros.flatten(),
+        codes.view(-1, size),
+        element.smallest,
+        element.largest,
+        kernel_table(),
+    )
 
 
 PROVIDES: tuple[Solver, ...] = (Nearest(),)

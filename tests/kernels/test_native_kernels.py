@@ -107,6 +107,24 @@ def test_every_instruction_set_finds_the_same_scales(monkeypatch: pytest.MonkeyP
         assert torch.equal(zeros, found[0][1])
 
 
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    "name", ["int4-g128-bf16", "int2-g3-f32", "uint8-channel-f32", "int3-g32-asym-f16", "int8-tensor-f32"]
+)
+def test_native_codes_and_ranges_equal_their_twins(monkeypatch: pytest.MonkeyPatch, table: str, name: str) -> None:
+    scheme = parse_scheme(name)
+    w = torch.randn(37, 384, generator=torch.Generator().manual_seed(3))
+    w[0], w[1, :128], w[2, 5], w[3] = 0.0, 3.5, 1e30, w[3] * 1e-30
+    found = []
+    for choice in (table, "torch"):
+        monkeypatch.setenv(VARIABLE, choice)
+        scales, zeros = fit_scales(w, scheme, fit="minmax")
+        found.append((scales, zeros, round_to_nearest(w, scheme, scales, zeros).codes))
+    assert torch.equal(found[0][0], found[1][0])
+    assert (zeros is None) or torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][2], found[1][2])
+
+
 def test_kernels_that_the_processor_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "scalar")
     assert kernel_table() == "scalar"
