@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.processes import Measured, measure
-from benchmarks.results_file import CACHE, ROOT
+from benchmarks.results_file import ROOT, cache
 
 PYTHON = ROOT / ".venvs" / "llm-compressor" / "bin" / "python"
 _RUNNER = ROOT / "benchmarks" / "peers" / "llm_compressor" / "run.py"
@@ -55,7 +55,7 @@ def run(model: Path, out: Path, *, scheme: str, solver: str, tokens: Path | None
 
 def quantized(model: Path, *, scheme: str, solver: str, tokens: Path | None) -> PeerRun:
     """The peer's result for this content, made now or taken from benchmarks/.cache/llm-compressor."""
-    place = _cache() / _key(model, scheme=scheme, solver=solver, tokens=tokens)
+    place = cache("llm-compressor") / _key(model, scheme=scheme, solver=solver, tokens=tokens)
     record = place / "run.json"
     if not record.exists():
         shutil.rmtree(place, ignore_errors=True)
@@ -67,13 +67,6 @@ def quantized(model: Path, *, scheme: str, solver: str, tokens: Path | None) -> 
         figures["said"] = {name: value for name, value in figures["said"].items() if name not in ("model", "out")}
         record.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return PeerRun(place / "artefact", **json.loads(record.read_text(encoding="utf-8")))
-
-
-def _cache() -> Path:
-    place = CACHE / "llm-compressor"
-    place.mkdir(parents=True, exist_ok=True)
-    (CACHE / ".gitignore").write_text("*\n", encoding="utf-8")
-    return place
 
 
 def _key(model: Path, *, scheme: str, solver: str, tokens: Path | None) -> str:

@@ -1,6 +1,7 @@
 """The quality table: what every width and solver costs, on real models, beside llm-compressor on the shipped one.
 
-    python -m benchmarks.quality [--models demo,stories260K,minilm] [--quick] [--no-peers] [--data DIR] [--out FILE]
+    python -m benchmarks.quality [--models demo,stories260K,minilm] [--schemes int4-g128,int3-g128] [--quick]
+                                 [--peers | --no-peers] [--data DIR] [--out FILE]
 
 Every run is a process of its own (`pennyweight quantize --verify none`), measured from start to end. Each artefact is
 judged window by window against its original, so that two solvers are compared in pairs: the table has the mean of
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from benchmarks import llm_compressor
 from benchmarks.judges import Score, paired
 from benchmarks.processes import measure
-from benchmarks.results_file import CACHE, ROOT, circumstances, heading, mib, note, project_environment, save, table
+from benchmarks.results_file import ROOT, cache, circumstances, heading, mib, note, project_environment, save, table
 from benchmarks.subjects import SUBJECTS, Subject
 from pennyweight.models import text
 from pennyweight.models.streamed import StreamedModel
@@ -63,13 +64,11 @@ class Row:
     verdict: str = ""
 
 
-def measure_subject(subject: Subject, work: Path, *, has_peer: bool, is_quick: bool) -> list[Row]:
+def measure_subject(subject: Subject, work: Path, schemes: Sequence[str], *, has_peer: bool) -> list[Row]:
     """The rows of one model, in the order of the table, with their verdicts."""
     tokens = _calibration_tokens(subject, work)
     rows: list[Row] = []
-    for scheme in subject.schemes:
-        if is_quick and parse_scheme(scheme).element.bits not in (4, 2):
-            continue
+    for scheme in schemes:
         scores: dict[tuple[str, str], Score] = {}
         made: dict[tuple[str, str], Row] = {}
         tools = [OURS, PEER] if has_peer and scheme in subject.peer_schemes else [OURS]
@@ -235,7 +234,10 @@ def parse_arguments() -> argparse.Namespace:
         "--models", default=",".join(SUBJECTS), help="which, with commas between (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="4 and 2 bits, little text, no peer: does it all work?")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also run llm-compressor")
+    parser.add_argument("--schemes", help="only these, with commas between (default: those that fit each model)")
+    parser.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, help="also run llm-compressor (default: unless --quick)"
+    )
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="models and texts not ours")
     parser.add_argument(
         "--out", type=Path, help="JSON to write, .md beside it (default: benchmarks/results/quality.json)"
@@ -251,13 +253,12 @@ def main() -> None:
     """Measure, print, save."""
     arguments = parse_arguments()
     facts = circumstances("benchmarks.quality")
-    peer_absent = "left out with --no-peers or --quick" if arguments.quick or not arguments.peers else None
-    peer_absent = peer_absent or llm_compressor.why_not()
+    has_peer = not arguments.quick if arguments.peers is None else arguments.peers
+    peer_absent = llm_compressor.why_not() if has_peer else "left out with --no-peers or --quick"
     rows: list[Row] = []
     sections: list[str] = []
     skipped: dict[str, str] = {} if peer_absent is None else {PEER: peer_absent}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="quality-") as scratch:
+    with tempfile.TemporaryDirectory(dir=cache(), prefix="quality-") as scratch:
         for name in arguments.models:
             note(f"{name}:")
             subject = SUBJECTS[name](arguments.data, Path(scratch), is_quick=arguments.quick)
@@ -265,13 +266,22 @@ def main() -> None:
                 skipped[name] = subject
                 note(f"  skipped: {subject}")
                 continue
-            found = measure_subject(subject, Path(scratch), has_peer=peer_absent is None, is_quick=arguments.quick)
+            schemes = _chosen(subject, arguments.schemes, is_quick=arguments.quick)
+            found = measure_subject(subject, Path(scratch), schemes, has_peer=peer_absent is None)
+            if not found:
+                continue
             rows.extend(found)
             sections.append(as_markdown(subject, found))
     notes = [f"- {name}: skipped: {reason}" for name, reason in skipped.items()]
     peer_versions = None if peer_absent else llm_compressor.versions()
     markdown = "\n".join([heading("Quality", facts), *sections, *_legend(peer_versions), *notes, ""])
     save("quality", {**facts, "peer": peer_versions, "skipped": skipped, "rows": rows}, markdown, out=arguments.out)
+
+
+def _chosen(subject: Subject, asked: str | None, *, is_quick: bool) -> list[str]:
+    """The schemes to run: those asked for, of 4 and 2 bits only when it has to be quick."""
+    chosen = subject.schemes if asked is None else [name for name in asked.split(",") if name]
+    return [name for name in chosen if not is_quick or parse_scheme(name).element.bits in (4, 2)]
 
 
 def _legend(peer_versions: dict[str, str] | None) -> list[str]:
@@ -286,6 +296,7 @@ def _legend(peer_versions: dict[str, str] | None) -> list[str]:
     if peer_versions:
         numbers = ", ".join(f"{name} {number}" for name, number in peer_versions.items())
         lines.append(f"- {PEER}: {numbers}; same calibration tokens, its own defaults, judged by the same code.")
+        lines.append(f"- seconds of {PEER} are those of when it was run: its results are kept.")
     return lines
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-CACHE = ROOT / "benchmarks" / ".cache"
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy", "scipy")
 
 
@@ -25,6 +24,7 @@ def circumstances(module: str) -> dict[str, Any]:
         "command": " ".join(["python -m", module, *(_without_home(word) for word in sys.argv[1:])]),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "kernels": _kernels(),
         "machine": machine(),
     }
 
@@ -39,6 +39,14 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def cache(name: str = "") -> Path:
+    """The directory benchmarks/.cache/NAME, made if need be; git ignores it."""
+    directory = ROOT / "benchmarks" / ".cache"
+    (directory / name).mkdir(parents=True, exist_ok=True)
+    (directory / ".gitignore").write_text("*\n", encoding="utf-8")
+    return directory / name
 
 
 def save(name: str, content: Mapping[str, Any], markdown: str, *, out: Path | None) -> None:
@@ -71,7 +79,7 @@ def heading(title: str, facts: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number != "absent")
     return (
         f"# {title}\n\n`{facts['command']}` at {facts['commit']}\n\n{where['processor']}, {where['cores']} cores, "
-        f"{where['memory_gib']} GiB, {where['system']}; {versions}\n"
+        f"{where['memory_gib']} GiB, {where['system']}; kernels: {facts['kernels']}; {versions}\n"
     )
 
 
@@ -85,9 +93,17 @@ def note(message: str) -> None:
 
 
 def project_environment() -> dict[str, str]:
-    """The environment of a child that imports pennyweight and benchmarks as this process does."""
-    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """The environment of a child that imports pennyweight as this process does, and benchmarks."""
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+
+
+def _kernels() -> str:
+    """Which of our kernels a process of ours uses here; asked in a child, so that this process need not load torch."""
+    code = "from pennyweight.kernels.native import kernel_table; print(kernel_table() or 'torch')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=project_environment(), capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _commit() -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import llm_compressor
 from benchmarks.processes import CommandError, Measured, measure
-from benchmarks.results_file import CACHE, ROOT, circumstances, heading, mib, note, project_environment, save, table
+from benchmarks.results_file import ROOT, cache, circumstances, heading, mib, note, project_environment, save, table
 
 OURS, PEER = "pennyweight", "llm-compressor"
 SCHEME = "int4-g128"
@@ -241,7 +241,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ours-only", dest="peer", action="store_false", help="the same as --no-peer")
     parser.add_argument("--repeats", type=int, default=3, help="runs of nearest (default: %(default)s)")
     parser.add_argument("--gptq-repeats", type=int, default=1, help="runs of gptq (default: %(default)s)")
-    parser.add_argument("--checkpoints", type=Path, default=CACHE / "synthetic", help="where the checkpoints are kept")
+    parser.add_argument("--checkpoints", type=Path, help="where they are kept (default: benchmarks/.cache/synthetic)")
     parser.add_argument(
         "--out", type=Path, help="JSON to write, .md beside it (default: benchmarks/results/speed.json)"
     )
@@ -257,12 +257,11 @@ def main() -> None:
     facts = circumstances("benchmarks.speed")
     peer_absent = llm_compressor.why_not() if arguments.peer else "left out with --ours-only"
     repeats = {"nearest": arguments.repeats, "gptq": arguments.gptq_repeats}
-    arguments.checkpoints.mkdir(parents=True, exist_ok=True)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    (CACHE / ".gitignore").write_text("*\n", encoding="utf-8")
+    checkpoints = arguments.checkpoints or cache("synthetic")
+    checkpoints.mkdir(parents=True, exist_ok=True)
     runs: list[Run] = []
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="speed-") as work:
-        bench = Bench(arguments.checkpoints, Path(work))
+    with tempfile.TemporaryDirectory(dir=cache(), prefix="speed-") as work:
+        bench = Bench(checkpoints, Path(work))
         try:
             for job, tool, blocks in schedule(arguments.blocks, arguments.jobs, repeats, has_peer=peer_absent is None):
                 runs.append(bench.run(job, tool, blocks))

@@ -54,7 +54,7 @@ STEPS_PER_CHECKPOINT = 100
 
 @dataclass(frozen=True)
 class LogRow:
-    """One line of the training log. Losses are nats a token; the time is that of training, whatever the number of processes."""
+    """One line of the training log. Losses are nats a token; the time is that of training."""
 
     step: int
     tokens: int

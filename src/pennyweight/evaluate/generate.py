@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import time
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 from pennyweight.core.errors import ModelError, UsageError
@@ -44,9 +46,11 @@ def generate(
         raise ModelError(f"{model} is a {made_for.__name__}, which cannot continue a text: give a language model")
     tokenizer = text.load_tokenizer(path, trust_remote_code=trust_remote_code)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        # compressed-tensors draws its bars whatever it is told; what is wrong is raised.
+        with redirect_stderr(StringIO()):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+            )
     except (ValueError, OSError) as error:
         raise ModelError(f"{model} cannot be run: {str(error).splitlines()[0]}") from error
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)

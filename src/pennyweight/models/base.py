@@ -43,7 +43,7 @@ class Checkpoint(Protocol):
     @property
     def weight_files(self) -> list[Path]: ...
     def read(self, name: str, part: slice | None = None) -> Tensor:
-        """The tensor `name` (rows `part` of its first axis) in fresh memory, in its stored type; raises CheckpointError."""
+        """The tensor `name` (rows `part` of its first axis), fresh, in its stored type; raises CheckpointError."""
 
 
 SiteKind = Literal["linear", "conv1d", "expert"]

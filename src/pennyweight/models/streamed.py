@@ -249,15 +249,16 @@ class StreamedModel:
         return place.view(self.module.get_parameter(place.parameter).data)
 
     def watched(self, sites: Sequence[Site]) -> Watched:
-        """For `run_block` in calibration: recognises the sites of an opened block by where their weights lie.
+        """For `run_block` in calibration: recognises the sites of an opened block by where their weights lie."""
+        return Watched({site.name: self.matrix(site) for site in sites}, is_narrow=self.calibrates_in_bfloat16)
 
-        Their maps run in bfloat16 where the checkpoint is bfloat16 and the processor has instructions for it.
-        """
+    @property
+    def calibrates_in_bfloat16(self) -> bool:
+        """Calibration runs the sites' maps in bfloat16, as the runtime will: where the checkpoint is bfloat16 and the
+        processor has instructions for it. Evaluation is always in float32."""
         stored = {self.checkpoint.tensors[site.tensor].dtype for site in self.sites}
         is_fast = self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        return Watched(
-            {site.name: self.matrix(site) for site in sites}, is_narrow=is_fast and stored == {torch.bfloat16}
-        )
+        return is_fast and stored == {torch.bfloat16}
 
 
 class _Enough(Exception):

@@ -117,7 +117,7 @@ def _row_parts(site: Site, scheme: Scheme) -> list[slice]:
 
 
 def stored_matrix(checkpoint: Checkpoint, site: Site, rows: slice | None = None) -> Tensor:
-    """The matrix [out, in] of `site`, or some `rows` of it, in its stored type, read without what else its tensor holds."""
+    """The matrix [out, in] of `site`, or some `rows` of it, in its stored type; no more than that is read."""
     if site.index is None and not site.transposed:
         matrix = checkpoint.read(site.tensor, rows)
         rows = None

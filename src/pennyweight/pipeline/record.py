@@ -8,6 +8,7 @@ from typing import Any
 
 from pennyweight.core.files import sha256, write_text
 from pennyweight.core.version import versions
+from pennyweight.kernels.native import kernel_table
 from pennyweight.pipeline.card import model_card
 from pennyweight.pipeline.journal import NAME as JOURNAL_NAME
 from pennyweight.pipeline.output import carried_files, carry, write_config
@@ -60,6 +61,10 @@ def run_record(
     return {
         "recipe": job.recipe,
         "versions": versions(),
+        "arithmetic": {
+            "kernels": kernel_table() or "torch",
+            "calibration": "bfloat16" if job.model.calibrates_in_bfloat16 else "float32",
+        },
         "decoded_from": job.model.checkpoint.decoded_from,
         "plan": {
             "schemes": {name: scheme.name for name, scheme in job.plan.schemes.items()},
