@@ -9,16 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pennyweight.evaluate.compare import evaluate
     from pennyweight.evaluate.proved import quantize
     from pennyweight.evaluate.verify import verify
 
-__all__ = ["__version__", "evaluate", "quantize", "verify"]
+__all__ = ["__version__", "quantize", "verify"]
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _LAZY = {
-    "evaluate": "pennyweight.evaluate.compare",
     "quantize": "pennyweight.evaluate.proved",
     "verify": "pennyweight.evaluate.verify",
 }

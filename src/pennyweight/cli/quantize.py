@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import TYPE_CHECKING
 
 import typer
 
 from pennyweight.cli.console import Bar, Clock, device_of, mebibytes, put_json, say, set_jobs
+from pennyweight.core.memory import settle_imports
 
 if TYPE_CHECKING:
     from pennyweight.pipeline.records import BlockDone, RunReport, SiteRecord, Tell
@@ -42,6 +44,8 @@ def quantize(
     After a crash or Ctrl-C the same command continues where it was.
     """
     from pennyweight.core.errors import UsageError
+
+    gc.disable()
     from pennyweight.evaluate.proved import quantize as job
 
     if scheme and bits:
@@ -73,6 +77,8 @@ def teller() -> Tell:
     clock, bar = Clock(), Bar("blocks")
 
     def tell(done: BlockDone) -> None:
+        if not gc.isenabled():
+            settle_imports()
         if sys.stderr.isatty():
             print("\r" + " " * 78 + "\r", end="", file=sys.stderr)
         state = "  (from the earlier run)" if done.resumed else ""

@@ -49,6 +49,12 @@ def one_thread_per_operation() -> Iterator[int]:
         _allowed.reset(token)
 
 
+def allowed_threads() -> int:
+    """How many threads `parallel_map` uses here."""
+    known = _allowed.get()
+    return torch.get_num_threads() if known is None else known
+
+
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """[function(item) for item in items], on as many threads as torch may use; each item's work is single-threaded.
 

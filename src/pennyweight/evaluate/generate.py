@@ -46,7 +46,7 @@ def generate(
         raise ModelError(f"{model} is a {made_for.__name__}, which cannot continue a text: give a language model")
     tokenizer = text.load_tokenizer(path, trust_remote_code=trust_remote_code)
     try:
-        # compressed-tensors draws its bars whatever it is told; what is wrong is raised.
+        # compressed-tensors draws its bars whatever it is told, here and in the first pass; what is wrong is raised.
         with redirect_stderr(StringIO()):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
@@ -60,7 +60,7 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if is_streamed else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), redirect_stderr(StringIO()):
         out = loaded.to(device).generate(
             ids,
             attention_mask=torch.ones_like(ids),

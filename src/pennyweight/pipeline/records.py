@@ -38,7 +38,8 @@ class SiteRecord:
     """How one site fared.
 
     error, error_nearest   tr(E H Eᵀ) / tr(W H Wᵀ) of the result, and of rounding to nearest with the same fit of
-                           scales; H is the identity without data. Over at most 64 evenly spaced rows.
+                           scales; H is the identity without data. Over about 64 evenly spaced rows; of a weight that is
+                           solved in parts, the mean of the parts' ratios.
     rows                   calibration rows that the site's own Hessian was made of
     """
 

@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pennyweight.containers.base import Container
 from pennyweight.containers.weight_files import OpenWeightFiles
 from pennyweight.core.errors import ContainerError, SpaceError, UsageError, WeightError
 from pennyweight.core.files import allocated_bytes, check_space, sync_directory, to_json, write_text
 from pennyweight.core.memory import peak_memory_bytes
-from pennyweight.core.parallel import one_thread_per_operation
+from pennyweight.core.parallel import allowed_threads, one_thread_per_operation
 from pennyweight.core.version import versions
 from pennyweight.models import text
 from pennyweight.models.streamed import Stream
@@ -134,7 +132,7 @@ def _measured(report: RunReport) -> dict[str, Any]:
     return {
         "seconds": report.seconds,
         "peak_memory_bytes": report.peak_memory_bytes,
-        "threads": torch.get_num_threads(),
+        "threads": allowed_threads(),
         "resumed_blocks": report.resumed_blocks,
         "verify_seconds": verification.get("seconds", 0.0),
         "verify_peak_memory_bytes": verification.get("peak_memory_bytes", 0),
