@@ -68,7 +68,7 @@ struct Kernels {
   // The search of fit_scales with its least-squares steps. The twin in torch is pennyweight.schemes.fit._search.
   void (*search_groups)(const SearchGroups& groups);
   // GPTQ within one block, last column first: round, decode, add the error times a row of `lower` to the targets of the
-  // columns still to come. The twin in torch is pennyweight.solvers.gptq._round_block.
+  // columns still to come. The twin in torch is pennyweight.kernels.feedback._round_block.
   void (*round_block)(const RoundBlock& block);
 };
 

@@ -299,7 +299,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Train or export, as the command line says."""
     options = arguments()
-    torch.set_num_threads(options.threads)
+    # A sum that torch splits among threads depends on their number; only whole chunks go to several threads.
+    torch.set_num_threads(1)
     corpus = load_corpus(options.prose, options.work)
     run = new_run(options.work, options.seed)
     if options.command == "train":

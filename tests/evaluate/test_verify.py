@@ -217,7 +217,7 @@ def test_a_killed_runtime_says_how_to_do_with_less(
     script.write_text("#!/bin/sh\nkill -9 $$\n")
     script.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(script))
-    with pytest.raises(VerificationError, match="killed by signal 9, most likely for lack of memory"):
+    with pytest.raises(VerificationError, match="killed by signal 9, probably for lack of memory"):
         verify(artefact)
 
 
@@ -235,7 +235,7 @@ def test_the_main_job_proves_itself_and_is_honest_about_vllm(
         original, tmp_path / "out", scheme="int4-g32", runtime="vllm", calibration=[tiny.words()], length=24
     )
     assert asked == [("full", False)]
-    assert "not verified in vllm" in report.verification["note"]
+    assert "not verified in vllm" in report.verification["reason"]
     assert "Not verified in vLLM." in (tmp_path / "out" / "README.md").read_text()
     record = json.loads((tmp_path / "out" / "pennyweight.json").read_text())
     assert record["verification"] == report.verification

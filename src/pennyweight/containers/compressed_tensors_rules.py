@@ -62,14 +62,14 @@ def _storage(scheme: Scheme, site: Site) -> str | None:
     if site.index is not None or site.rows is not None:
         return (
             f"{site.name}: the checkpoint keeps its experts together in {site.tensor}; transformers reads packed "
-            "experts only where the checkpoint stores each under its own name: keep these experts in float, "
-            "or write another container"
+            "experts only where the checkpoint stores each under its own name: these experts "
+            "stay in float"
         )
     if site.transposed or site.kind == "conv1d":
         return (
             f"{site.name}: GPT-2's weights are stored transposed (Conv1D, [in, out]), and transformers leaves a packed "
-            "Conv1D at random values; compressed-tensors packs Linear weights only: keep this layer in float, "
-            "or write another container"
+            "Conv1D at random values; compressed-tensors packs Linear weights only, so this "
+            "layer stays in float"
         )
     return None
 

@@ -46,6 +46,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sync_files(directory: Path) -> None:
+    """Make the content of every file below `directory`, and their names, survive a power cut."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_directory(path)
+    sync_directory(directory)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and new names inside `path` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

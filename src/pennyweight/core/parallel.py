@@ -70,9 +70,8 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> l
         try:
             wait(futures)
         finally:
-            # Interrupted: what has not begun never will.
-            for future in futures:
-                future.cancel()
+            # Interrupted: what has not begun never will, and what has ends before its caller closes files.
+            wait([future for future in futures if not future.cancel()])
         return [future.result() for future in futures]
 
 

@@ -126,7 +126,7 @@ def compare(
     for index in range(total):
         for model, stream in zip((candidate, reference), streams, strict=True):
             with model.opened(index) as block:
-                stream.hidden = model.run_block(block, index, stream)
+                model.advance(block, index, stream)
         tell(index + 1, total)
     return _score(candidate, reference, streams, batches)
 

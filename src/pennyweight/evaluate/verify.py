@@ -82,5 +82,5 @@ def _in_fresh_process(artefact: Path, extent: Extent, *, trust_remote_code: bool
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
-        return f"it was killed by signal {-done.returncode}, most likely for lack of memory: try --verify blocks"
+        return f"it was killed by signal {-done.returncode}, probably for lack of memory: ask for `blocks`, not `full`"
     return (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from pennyweight.core.errors import ModelError
 
-_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+# Weights, and what an artefact carries along.
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken",
+          "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README*")  # fmt: skip
 # Second copies of the weights, in other layouts, that no transformers model is built from.
 _SECOND_COPIES = ("*/*.safetensors", "consolidated*.safetensors")
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)

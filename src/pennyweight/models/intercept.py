@@ -58,14 +58,20 @@ class Intercept(TorchFunctionMode):
         load: Callable[[nn.Parameter], Tensor],
         watched: Watched | None = None,
         seen: Seen | None = None,
+        load_rows: Callable[[nn.Parameter, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._load = load
         self._watched = watched
         self._seen = seen
+        self._load_rows = load_rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is nn.functional.embedding and self._load_rows is not None:
+            found = self._embedding(*args, **kwargs)
+            if found is not None:
+                return found
         if func not in _KNOWN_WITHOUT_READING:
             args = self._loaded(args)
             kwargs = self._loaded(kwargs)
@@ -85,6 +91,15 @@ class Intercept(TorchFunctionMode):
         if type(value) is dict:
             return {key: self._loaded(item) for key, item in value.items()}
         return value
+
+    def _embedding(self, ids: Tensor, weight: Any, padding_idx: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
+        """A look-up that reads no more of the table than the rows it needs; None where it is not as plain as that."""
+        if not isinstance(weight, nn.Parameter) or not weight.is_meta or self._load_rows is None:
+            return None
+        if any(args) or any(kwargs.values()):
+            return None
+        rows, places = ids.unique(return_inverse=True)
+        return self._load_rows(weight, rows)[places]
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         self._notify(weight, x)

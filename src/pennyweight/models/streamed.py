@@ -112,6 +112,14 @@ class StreamedModel:
 
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
 
+    def advance(self, block: nn.Module, index: int, stream: Stream, *, watched: Watched | None = None) -> None:
+        """Replace `stream.hidden` by the outputs of block `index`, one batch after the other."""
+
+        def one(batch: int) -> None:
+            [stream.hidden[batch]] = self.run_block(block, index, stream, watched=watched, batches=[batch])
+
+        parallel_map(one, range(len(stream.hidden)))
+
     @contextmanager
     def finishing(self, stream: Stream) -> Iterator[Callable[[int], Tensor]]:
         """A function that runs the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens,
@@ -123,7 +131,7 @@ class StreamedModel:
 
         def finish(batch: int) -> Tensor:
             own.final = stream.hidden[batch]
-            with torch.no_grad(), one_thread_per_operation(), Intercept(load=self._load):
+            with torch.no_grad(), one_thread_per_operation(), self._intercept():
                 out = self.module(**call_arguments(self.module, stream.input_ids[batch]))
             logits = getattr(out, "logits", None)
             return out.last_hidden_state if logits is None else logits  # type: ignore[no-any-return]
@@ -131,6 +139,10 @@ class StreamedModel:
         with self._patched([skip] * len(self.blocks)):
             yield finish
         self.release()
+
+    def _intercept(self) -> Intercept:
+        """For the parts outside the blocks."""
+        return Intercept(load=self._load, load_rows=self._load_rows)
 
     def _probe(self, first: nn.Module, ids: Tensor) -> int:
         """How long a tuple blocks return, 0 for a tensor alone: seen by running the first one on a few tokens."""
@@ -167,7 +179,7 @@ class StreamedModel:
 
     def _run_with(self, functions: Sequence[Callable[..., Any]], ids: Tensor) -> None:
         """Run the model on `ids` with `functions` in place of its first blocks, until one of them has seen enough."""
-        with self._patched(functions), Intercept(load=self._load):
+        with self._patched(functions), self._intercept():
             try:
                 self.module(**call_arguments(self.module, ids))
             except _Enough:
@@ -223,6 +235,13 @@ class StreamedModel:
             if key not in self._outside:
                 self._outside[key] = self.weights.read(self._names[key]).to(self.device)
             return self._outside[key]
+
+    def _load_rows(self, parameter: nn.Parameter, rows: Tensor) -> Tensor:
+        """Rows of an embedding: of the table where it has been read, else from the checkpoint."""
+        table = self._outside.get(id(parameter))
+        if table is not None:
+            return table[rows]
+        return self.weights.read_rows(self._names[id(parameter)], rows.cpu()).to(self.device)
 
     def release(self) -> None:
         """Let go of what was read outside the blocks (embeddings, head)."""

@@ -130,7 +130,10 @@ def windows(
     for text in texts:
         # Documents of one text file follow each other as they would in training.
         ids.extend([*special.after, *special.before] if ids else [])
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        piece = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        # A chat template writes BOS into the text.
+        is_double = bool(special.before) and piece[: len(special.before)] == special.before
+        ids.extend(piece[len(special.before) :] if is_double else piece)
     total = len(ids) // body
     if total == 0:
         raise DataError(

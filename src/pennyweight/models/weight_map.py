@@ -121,6 +121,16 @@ class WeightMap:
             return self.read(origin)
         return self._made(name, [_as_float32(self._checkpoint.read(key)) for key in source.keys])
 
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Rows [n] of the parameter `name`, in their order, float32; no others are read where it is stored as it is."""
+        origin = name if name in self.sources else self._tied_source(name)
+        assert origin is not None, name
+        source = self.sources[origin]
+        if source.converter is not None or 4 * len(rows) > len(self._state[origin]):
+            return self.read(origin)[rows]
+        numbers = rows.tolist()
+        return _as_float32(torch.cat([self._checkpoint.read(source.keys[-1], slice(n, n + 1)) for n in numbers]))
+
     def _made(self, name: str, tensors: list[Tensor]) -> Tensor:
         """The parameter `name` from the checkpoint's `tensors`; raises CheckpointError where its shape is wrong."""
         source = self.sources[name]

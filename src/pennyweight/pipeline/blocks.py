@@ -23,6 +23,8 @@ from pennyweight.solvers.base import Solver, Statistics
 # Weights that one thread reads and solves at a time where there is no data: its buffers are small enough that the
 # allocator reuses them, which a buffer of a whole matrix is not.
 _PART = 1 << 20
+# Weights whose codes, a byte each, are held before they are written.
+_ROUND = 1 << 27
 
 
 def run_blocks(
@@ -89,6 +91,25 @@ def _without_data(
     model: StreamedModel, output: Output, sites: Sequence[Site], *, solver: Solver, fit: Fit
 ) -> list[SiteRecord]:
     """Sites solved without data: a few rows at a time are read and solved, each part by one thread."""
+    records: list[SiteRecord] = []
+    for together in _rounds(sites):
+        records.extend(_one_round(model, output, together, solver=solver, fit=fit))
+    return records
+
+
+def _rounds(sites: Sequence[Site]) -> list[list[Site]]:
+    """Consecutive sites whose codes are held at once: a block of many experts is larger than memory should be."""
+    rounds: list[list[Site]] = [[]]
+    for site in sites:
+        if rounds[-1] and sum(other.weights for other in rounds[-1]) + site.weights > _ROUND:
+            rounds.append([])
+        rounds[-1].append(site)
+    return rounds
+
+
+def _one_round(
+    model: StreamedModel, output: Output, sites: Sequence[Site], *, solver: Solver, fit: Fit
+) -> list[SiteRecord]:
     parts = [(site, part) for site in sites for part in _row_parts(site, output.plan.schemes[site.name])]
 
     def solve(work: tuple[Site, slice]) -> SolvedSite:
@@ -145,4 +166,4 @@ def _replay(model: StreamedModel, output: Output, index: int, stream: Stream) ->
 
 def _advance(model: StreamedModel, block: nn.Module, index: int, stream: Stream) -> None:
     if index + 1 < len(model.blocks):
-        stream.hidden = model.run_block(block, index, stream, watched=model.watched(model.sites_of(index)))
+        model.advance(block, index, stream, watched=model.watched(model.sites_of(index)))

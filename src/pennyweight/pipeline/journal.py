@@ -19,9 +19,12 @@ from pennyweight.pipeline.records import Recipe, SiteRecord
 NAME = "journal.jsonl"
 
 
-def work_directory(out: Path, recipe: Recipe, versions: Mapping[str, str]) -> Path:
-    """Where the run that makes `out` from `recipe` works: beside `out`, named by a hash of what shapes it."""
-    key = hashlib.sha256((to_json(recipe) + to_json(versions)).encode()).hexdigest()[:12]
+def work_directory(out: Path, recipe: Recipe, made_with: Mapping[str, str]) -> Path:
+    """Where the run that makes `out` from `recipe` works: beside `out`, named by a hash of what shapes it.
+
+    `made_with` are versions, kernels and arithmetic: blocks made in different ways never meet in one output.
+    """
+    key = hashlib.sha256((to_json(recipe) + to_json(made_with)).encode()).hexdigest()[:12]
     return out.parent / f"{_prefix(out)}{key}"
 
 
@@ -84,10 +87,6 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.finished[part] = sites
-
-    def discard(self) -> None:
-        """Remove the journal: the output is complete."""
-        self.path.unlink(missing_ok=True)
 
     @property
     def blocks(self) -> int:

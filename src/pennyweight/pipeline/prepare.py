@@ -79,7 +79,8 @@ def prepare(model: str, options: Options, container: Container | None) -> Job:
     finally:
         background.shutdown(wait=False, cancel_futures=True)
     entries = weight_entries(container, plan, streamed.sites, streamed.checkpoint)
-    name = Path(model).resolve().name if Path(model).exists() else model
+    local = Path(model).expanduser()
+    name = local.resolve().name if local.exists() else model
     layout = WeightFiles.plan(entries)
     return Job(streamed, name, container, plan, facts, entries, layout, recipe, windows, options)
 

@@ -37,6 +37,14 @@ def write_sidecars(job: Job, directory: Path, records: Sequence[SiteRecord]) -> 
     write_text(directory / "README.md", card)
 
 
+def arithmetic(job: Job) -> dict[str, str]:
+    """What the bytes depend on beside recipe and versions: the processor and the build decide it."""
+    return {
+        "kernels": kernel_table() or "torch",
+        "calibration": "bfloat16" if job.model.calibrates_in_bfloat16 else "float32",
+    }
+
+
 def run_report(job: Job, target: Path, records: Sequence[SiteRecord]) -> RunReport:
     """What can be said before the result is verified and measured."""
     sites = [site for site in job.model.sites if site.name in job.plan.schemes]
@@ -61,10 +69,7 @@ def run_record(
     return {
         "recipe": job.recipe,
         "versions": versions(),
-        "arithmetic": {
-            "kernels": kernel_table() or "torch",
-            "calibration": "bfloat16" if job.model.calibrates_in_bfloat16 else "float32",
-        },
+        "arithmetic": arithmetic(job),
         "decoded_from": job.model.checkpoint.decoded_from,
         "plan": {
             "schemes": {name: scheme.name for name, scheme in job.plan.schemes.items()},

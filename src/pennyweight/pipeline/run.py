@@ -14,18 +14,19 @@ from typing import Any
 from pennyweight.containers.base import Container
 from pennyweight.containers.weight_files import OpenWeightFiles
 from pennyweight.core.errors import ContainerError, SpaceError, UsageError, WeightError
-from pennyweight.core.files import allocated_bytes, check_space, sync_directory, to_json, write_text
+from pennyweight.core.files import allocated_bytes, check_space, sync_directory, sync_files, to_json, write_text
 from pennyweight.core.memory import peak_memory_bytes
 from pennyweight.core.parallel import allowed_threads, one_thread_per_operation
 from pennyweight.core.version import versions
 from pennyweight.models import text
 from pennyweight.models.streamed import Stream
 from pennyweight.pipeline.blocks import run_blocks
+from pennyweight.pipeline.journal import NAME as JOURNAL_NAME
 from pennyweight.pipeline.journal import Journal, only_writer, other_work_directories, work_directory
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import Output, carried_files
 from pennyweight.pipeline.prepare import Job, container_for, prepare
-from pennyweight.pipeline.record import run_record, run_report, write_sidecars
+from pennyweight.pipeline.record import arithmetic, run_record, run_report, write_sidecars
 from pennyweight.pipeline.records import RunReport, SiteRecord, Tell
 
 __all__ = ["container_for", "quantize"]
@@ -33,7 +34,10 @@ __all__ = ["container_for", "quantize"]
 Verify = Callable[[Path], dict[str, Any]]
 # Room for pennyweight.json, config.json and the model card beside the weights and the carried files.
 _SIDECARS_BYTES = 1 << 20
+# What each site adds to pennyweight.json, config.json and the journal.
+_SITE_BYTES = 2048
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IS_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 @one_thread_per_operation()
@@ -55,12 +59,13 @@ def quantize(
     started = time.perf_counter()
     target = _check_target(out)
     job = prepare(model, options, container)
-    directory = work_directory(target, job.recipe, versions())
+    directory = work_directory(target, job.recipe, {**versions(), **arithmetic(job)})
     with _unfinished(directory), _room(target.parent):
         directory.mkdir(exist_ok=True)
         with only_writer(directory):
             report = _make(job, target, directory, verify=verify, tell=tell, started=started)
-            os.rename(directory, target)
+            sync_files(directory)
+            _publish(directory, target)
     sync_directory(target.parent)
     return report
 
@@ -74,6 +79,20 @@ def _check_target(out: str | Path) -> Path:
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{target.parent} may not be written to: choose another --out")
     return target
+
+
+def _publish(directory: Path, target: Path) -> None:
+    """The journal goes last: until the output has its name, it is what says that there is work to keep."""
+    try:
+        os.rename(directory, target)
+    except OSError as error:
+        if error.errno not in _IS_TAKEN:
+            raise
+        raise UsageError(
+            f"{target} came to exist while this run worked; its finished work is kept in {directory}: move {target} "
+            "away and give the same command again"
+        ) from error
+    (target / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -121,8 +140,8 @@ def _make(job: Job, target: Path, directory: Path, *, verify: Verify | None, tel
     report.verified, report.verification = str(verification["verified"]), verification
     write_text(directory / "pennyweight.json", to_json(run_record(job, directory, records, verification)))
     write_text(directory / "run.json", to_json(_measured(report)))
-    journal.discard()
-    report.size_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    files_of_output = (file for file in directory.rglob("*") if file.is_file() and file.name != JOURNAL_NAME)
+    report.size_bytes = sum(file.stat().st_size for file in files_of_output)
     return report
 
 
@@ -142,7 +161,7 @@ def _measured(report: RunReport) -> dict[str, Any]:
 def _opened(job: Job, target: Path, directory: Path) -> OpenWeightFiles:
     """The work directory with weight files of full length, new or from an earlier run with the same recipe."""
     carried = sum(file.stat().st_size for file in carried_files(job.model.path))
-    needed = job.layout.size_bytes + carried + _SIDECARS_BYTES
+    needed = job.layout.size_bytes + carried + _SIDECARS_BYTES + len(job.model.sites) * _SITE_BYTES
     check_space(target.parent, needed - allocated_bytes(directory))
     if Journal.open(directory).finished:
         try:

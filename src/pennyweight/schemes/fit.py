@@ -199,9 +199,8 @@ def _quantized_values(w: Tensor, candidate: _Candidate, scheme: Scheme, out: Ten
     """value - zero for each weight, written to `out`."""
     torch.mul(w, candidate.scales.reciprocal(), out=out)
     if candidate.zeros is None:
-        return out.round_().clamp_(scheme.element.smallest, scheme.element.largest)
-    out.add_(candidate.zeros).round_().clamp_(scheme.element.smallest, scheme.element.largest)
-    return out.sub_(candidate.zeros)
+        return out.copy_(scheme.element.nearest(out))
+    return out.copy_(scheme.element.nearest(out.add_(candidate.zeros))).sub_(candidate.zeros)
 
 
 def _error(w: Tensor, candidate: _Candidate, scheme: Scheme, weights: Tensor | None, buffer: Tensor) -> Tensor:

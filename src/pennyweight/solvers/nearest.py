@@ -38,7 +38,7 @@ class Nearest:
 def round_to_nearest(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None) -> QuantizedWeight:
     """Codes of `w` float [out, in] for given scales and zeros: round(w / scale + zero), ties to even, saturating."""
     if w.numel() == 0:
-        return QuantizedWeight(torch.zeros(w.shape, dtype=torch.uint8), scales, zeros, scheme)
+        return QuantizedWeight(torch.zeros(w.shape, dtype=torch.uint8, device=w.device), scales, zeros, scheme)
     view = grouped(w, scheme)
     codes = torch.empty(view.shape, dtype=torch.uint8, device=w.device)
     encode = _encode_native if has_kernels(w, scheme.element) else _encode
