@@ -98,7 +98,7 @@ class Intercept(TorchFunctionMode):
             return None
         if any(args) or any(kwargs.values()):
             return None
-        rows, places = ids.unique(return_inverse=True)
+        rows, places = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         return self._load_rows(weight, rows)[places]
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
