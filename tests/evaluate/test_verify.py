@@ -234,7 +234,7 @@ def test_the_main_job_proves_itself_and_is_honest_about_vllm(
     report = proved.quantize(
         original, tmp_path / "out", scheme="int4-g32", runtime="vllm", calibration=[tiny.words()], length=24
     )
-    assert asked == [("full", False)]
+    assert asked == [("blocks", False)]
     assert "not verified in vllm" in report.verification["reason"]
     assert "Not verified in vLLM." in (tmp_path / "out" / "README.md").read_text()
     record = json.loads((tmp_path / "out" / "pennyweight.json").read_text())

@@ -86,9 +86,8 @@ def test_a_hub_id_is_downloaded_without_its_code(model: str, downloads: list[Any
     assert resolve(model) == tmp_path / "cache"
     [(repo, options)] = downloads
     assert repo == model
-    assert {"*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*"} == set(
-        options["allow_patterns"]
-    )
+    carried = {"*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README*"}
+    assert {"*.safetensors", "*.json", *carried} == set(options["allow_patterns"])
 
 
 def test_code_is_downloaded_only_when_trusted(downloads: list[Any]) -> None:

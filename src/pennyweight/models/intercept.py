@@ -92,11 +92,13 @@ class Intercept(TorchFunctionMode):
             return {key: self._loaded(item) for key, item in value.items()}
         return value
 
-    def _embedding(self, ids: Tensor, weight: Any, padding_idx: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
+    def _embedding(
+        self, ids: Tensor, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+    ) -> Tensor | None:
         """A look-up that reads no more of the table than the rows it needs; None where it is not as plain as that."""
         if not isinstance(weight, nn.Parameter) or not weight.is_meta or self._load_rows is None:
             return None
-        if any(args) or any(kwargs.values()):
+        if max_norm is not None:
             return None
         rows, places = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         return self._load_rows(weight, rows)[places]

@@ -39,13 +39,14 @@ class SecondMoment:
             if part.ndim != 2 or part.shape[1] != inputs:
                 raise ShapeError(f"inputs of shape {tuple(part.shape)} cannot join a second moment of width {inputs}")
         rows = sum(part.shape[0] for part in x)
-        transposed = torch.empty(inputs, rows, device=self.total.device)
-        stop = rows
-        while x:
-            part = x.pop()
-            transposed[:, stop - part.shape[0] : stop] = part.T
-            stop -= part.shape[0]
         parts = chunks(inputs, _TILE)
+        transposed = torch.empty(inputs, rows, device=self.total.device)
+
+        def transpose(columns: slice) -> None:
+            torch.cat([part[:, columns].T.float() for part in x], dim=1, out=transposed[columns])
+
+        parallel_map(transpose, parts if rows else [])
+        x.clear()
 
         def tile(pair: tuple[slice, slice]) -> None:
             self.total[pair] += matmul_nt(transposed[pair[0]], transposed[pair[1]])
