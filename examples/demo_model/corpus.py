@@ -38,6 +38,8 @@ EXCERPTS_PER_DOMAIN = 4
 WRAPPED_LINE_CHARACTERS = 50
 TABLE_DIGIT_SHARE = 0.15
 SHORTEST_SOURCE = 200
+# How an interpreter was built: another text on every machine.
+BUILD_RECORD = "_sysconfigdata"
 SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
 
 Domain = Literal["prose", "python"]
@@ -91,6 +93,8 @@ def read_standard_library() -> list[Document]:
     documents = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
+        if name.name.startswith(BUILD_RECORD):
+            continue
         if SKIPPED_FOLDERS.isdisjoint(name.parts) and (text := read_source(path)):
             documents.append(Document(name.as_posix(), "python", text))
     return documents
