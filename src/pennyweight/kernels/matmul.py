@@ -12,10 +12,14 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     On x86 oneDNN runs this product about twice as fast as the BLAS that torch.mm calls, but only on
     contiguous operands: on strided ones it falls back to a reference loop a thousand times slower.
     """
-    has_fast = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if a.device.type != "cpu" or not has_fast or 0 in (*a.shape, *b.shape):
+    if a.device.type != "cpu" or not has_fast_linear() or 0 in (*a.shape, *b.shape):
         return a @ b.T
     return linear_f32(a, b, None)
+
+
+def has_fast_linear() -> bool:
+    """Whether `linear_f32` may be called: torch was built with oneDNN."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def linear_f32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

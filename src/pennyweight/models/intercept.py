@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pennyweight.kernels.matmul import linear_f32
+from pennyweight.kernels.matmul import has_fast_linear, linear_f32
 
 # Names of sites and the input [..., in] that they were called with.
 Seen = Callable[[list[str], Tensor], None]
@@ -109,7 +109,7 @@ class Intercept(TorchFunctionMode):
         if narrow is not None:
             out = nn.functional.linear(x.bfloat16(), narrow).float()
             return out if bias is None else out.add_(bias)
-        if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() and _has_fast_linear():
+        if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() and has_fast_linear():
             return linear_f32(x, weight, bias)
         return nn.functional.linear(x, weight, bias)
 
@@ -144,7 +144,3 @@ _KNOWN_WITHOUT_READING = {
     torch.Tensor.dim,
     torch.Tensor.numel,
 }
-
-
-def _has_fast_linear() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
