@@ -24,7 +24,7 @@ NAMES = [
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: str(solver.name))
 every_scheme = pytest.mark.parametrize("name", NAMES)
 every_solver_of_hessians = pytest.mark.parametrize(
-    "solver", [solver for solver in SOLVERS if solver.needs_hessian], ids=lambda solver: str(solver.name)
+    "solver", [solver for solver in SOLVERS if solver.needs], ids=lambda solver: str(solver.name)
 )
 # A correct GPTQ reaches 0.27 to 0.31 of nearest's loss on these strongly correlated inputs; the faults planted in
 # tests/solvers/test_gptq.py 0.58 to 1.1.

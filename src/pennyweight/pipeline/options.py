@@ -45,7 +45,7 @@ class Options:
             raise UsageError(f"--fit {self.fit}: give {' or '.join(get_args(Fit))}")
         if self.samples < 1:
             raise UsageError(f"--samples {self.samples}: give at least 1")
-        if self.configured_solver.needs_hessian and self.calibration_source is None:
+        if self.configured_solver.needs and self.calibration_source is None:
             raise UsageError(
                 f"--solver {self.solver} needs calibration data: drop --calibration none, or use --solver nearest"
             )
@@ -62,5 +62,5 @@ class Options:
     def calibration_source(self) -> str | tuple[str, ...] | None:
         """The source of calibration text, or None for a data-free run."""
         if self.calibration is None:
-            return BUILT_IN if self.configured_solver.needs_hessian else None
+            return BUILT_IN if self.configured_solver.needs else None
         return None if self.calibration == "none" else self.calibration

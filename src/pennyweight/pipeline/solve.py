@@ -44,7 +44,7 @@ def check_finite(w: Tensor, name: str) -> None:
 
 def solve_site(site: Site, w: Tensor, scheme: Scheme, solver: Solver, fit: Fit, found: SiteStatistics) -> SolvedSite:
     """The codes of `site` and its record; `w` float32 [out, in] (or rows of it), finite. Errors name the site."""
-    chosen: Solver = Nearest(fit) if solver.needs_hessian and found.stats.hessian is None else solver
+    chosen: Solver = Nearest(fit) if any(getattr(found.stats, need) is None for need in solver.needs) else solver
     try:
         solution = chosen.solve(w, scheme, found.stats)
     except PennyweightError as failure:

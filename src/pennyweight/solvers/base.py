@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from pennyweight.schemes import QuantizedWeight, Scheme
 
 Made = TypeVar("Made")
+# What a solver asks of calibration, by the names of the fields of Statistics.
+Need = Literal["hessian", "cross"]
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What calibration found about a site's input; None where there was no data.
 
-    hessian   float32 [in, in]: mean of x xᵀ over the calibration tokens
+    hessian   float32 [in, in]: mean of x xᵀ over the calibration tokens, x the input behind the quantized blocks before
+    cross     float32 [in, in]: mean of x̃ xᵀ, x̃ the input of the original model for the same token
     """
 
     hessian: Tensor | None = None
+    cross: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def remember(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -48,6 +52,6 @@ class Solver(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def needs_hessian(self) -> bool: ...
+    def needs(self) -> frozenset[Need]: ...
     def solve(self, w: Tensor, scheme: Scheme, stats: Statistics) -> Solution:
         """Round `w` float32 [out, in] so that the error seen through `stats` is small."""

@@ -16,7 +16,7 @@ from pennyweight.kernels.feedback import Grid, round_block_
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
-from pennyweight.solvers.base import Solution, Solver, Statistics
+from pennyweight.solvers.base import Need, Solution, Solver, Statistics
 from pennyweight.solvers.factorize import cholesky_
 from pennyweight.solvers.nearest import round_to_nearest
 
@@ -46,7 +46,7 @@ class Gptq:
     block: int = 128
     fit: Fit = "search"
     name: str = "gptq"
-    needs_hessian: bool = True
+    needs: frozenset[Need] = frozenset({"hessian"})
 
     def solve(self, w: Tensor, scheme: Scheme, stats: Statistics) -> Solution:
         """Raises ShapeError where `stats` has no Hessian [in, in]."""

@@ -13,7 +13,7 @@ from pennyweight.kernels.native import has_kernels, kernel_table, native
 from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
 from pennyweight.schemes.quantized import grouped
-from pennyweight.solvers.base import Solution, Solver, Statistics
+from pennyweight.solvers.base import Need, Solution, Solver, Statistics
 
 _CHUNK = 1 << 18
 
@@ -28,7 +28,7 @@ class Nearest:
 
     fit: Fit = "search"
     name: str = "nearest"
-    needs_hessian: bool = False
+    needs: frozenset[Need] = frozenset()
 
     def solve(self, w: Tensor, scheme: Scheme, stats: Statistics) -> Solution:
         scales, zeros = fit_scales(w, scheme, importance=stats.importance, fit=self.fit)

@@ -1,0 +1,1 @@
+"""Learned rounding: solvers of a whole block at once."""
