@@ -8,6 +8,7 @@ from typing import get_args
 from pennyweight.core.errors import UsageError
 from pennyweight.core.registry import find
 from pennyweight.models.text import BUILT_IN
+from pennyweight.pipeline.chain import Chain
 from pennyweight.schemes import parse_scheme
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solver
@@ -57,6 +58,11 @@ class Options:
         fits = is_dataclass(solver) and any(field.name == "fit" for field in fields(solver))
         configured: Solver = replace(solver, fit=self.fit) if fits else solver
         return configured
+
+    @property
+    def chain(self) -> Chain:
+        """How codes will be chosen; raises UsageError."""
+        return Chain(self.configured_solver, self.fit)
 
     @property
     def calibration_source(self) -> str | tuple[str, ...] | None:

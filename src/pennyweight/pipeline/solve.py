@@ -13,10 +13,10 @@ from pennyweight.core.errors import PennyweightError, WeightError
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.models.base import Site
+from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.records import SiteRecord
 from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme
-from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solver, Statistics
 from pennyweight.solvers.nearest import Nearest, round_to_nearest
 
@@ -42,17 +42,29 @@ def check_finite(w: Tensor, name: str) -> None:
         )
 
 
-def solve_site(site: Site, w: Tensor, scheme: Scheme, solver: Solver, fit: Fit, found: SiteStatistics) -> SolvedSite:
+def solve_site(site: Site, w: Tensor, scheme: Scheme, chain: Chain, found: SiteStatistics) -> SolvedSite:
     """The codes of `site` and its record; `w` float32 [out, in] (or rows of it), finite. Errors name the site."""
-    chosen: Solver = Nearest(fit) if any(getattr(found.stats, need) is None for need in solver.needs) else solver
+    is_blind = "hessian" in chain.solver.needs and found.stats.hessian is None
+    solver: Solver = Nearest(chain.fit) if is_blind else chain.solver
     try:
-        solution = chosen.solve(w, scheme, found.stats)
+        solution = solver.solve(w, scheme, found.stats)
     except PennyweightError as failure:
         raise type(failure)(f"{site.name}: {failure}") from failure
-    every = max(1, -(-site.shape[0] // _SAMPLED_ROWS))
-    error, nearest = _errors(w, solution.weight, found.stats, every=every)
+    error, nearest = _errors(w, solution.weight, found.stats, every=_every(site))
     record = SiteRecord(site.name, scheme.name, error, nearest, found.rows, found.notes + solution.notes)
     return SolvedSite(solution.weight, record)
+
+
+def again_measured(
+    site: Site, w: Tensor, weight: QuantizedWeight, found: SiteStatistics, record: SiteRecord
+) -> SiteRecord:
+    """`record` with the error of the codes that came out of refining the block; that of nearest stays."""
+    error, _ = _errors(w, weight, found.stats, every=_every(site))
+    return replace(record, error=error)
+
+
+def _every(site: Site) -> int:
+    return max(1, -(-site.shape[0] // _SAMPLED_ROWS))
 
 
 def joined(parts: Sequence[SolvedSite]) -> SolvedSite:
