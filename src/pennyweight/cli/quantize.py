@@ -33,7 +33,8 @@ def quantize(
     ),
     fit: str = typer.Option("search", help="How scales are fitted: search or minmax."),
     calibration: str | None = typer.Option(
-        None, help="Text file, .jsonl, directory, built-in or none.  [default: built-in, none for --solver nearest]"
+        None,
+        help="Text file, .jsonl, directory, built-in, self or none.  [default: built-in, none for --solver nearest]",
     ),
     samples: int = typer.Option(128, min=1, help="Calibration windows at most."),
     length: int = typer.Option(512, min=4, help="Tokens a window."),

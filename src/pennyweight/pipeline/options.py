@@ -25,7 +25,7 @@ class Options:
     recover       whether scales and norms are trained end to end at last
     fit           how scales are fitted: "search" or "minmax"
     runtime       what will read the result
-    calibration   text file, .jsonl, directory, "built-in", "none", or texts;
+    calibration   text file, .jsonl, directory, "built-in", "self" (the model writes it), "none", or texts;
                   None: built-in unless the solver that was asked for needs no data
     samples       windows at most
     length        tokens a window; the model's own limit where that is less

@@ -20,6 +20,7 @@ from pennyweight.core.registry import provided
 from pennyweight.models import text
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.hub import resolve
+from pennyweight.models.self_text import SELF, own_windows
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import carried_files, weight_entries
@@ -133,8 +134,10 @@ def _windows(model: StreamedModel, options: Options) -> Tensor | None:
     source = options.calibration_source
     if source is None:
         return None
-    tokenizer = text.load_tokenizer(model.path, trust_remote_code=options.trust_remote_code)
     length = min(options.length, text.context_length(model.config) or options.length)
+    if source == SELF:
+        return own_windows(model, length=length, count=options.samples, seed=options.seed)
+    tokenizer = text.load_tokenizer(model.path, trust_remote_code=options.trust_remote_code)
     documents: Sequence[str] = text.documents(source, tokenizer) if isinstance(source, str) else source
     windows = text.windows(documents, tokenizer, length=length, count=options.samples, seed=options.seed)
     text.check_vocabulary(windows, model.config, [str(model.path)])
