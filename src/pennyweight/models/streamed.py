@@ -264,9 +264,7 @@ class StreamedModel:
         self._outside.clear()
 
     @contextmanager
-    def opened(
-        self, index: int, *, given: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> Iterator[nn.Module]:
+    def opened(self, index: int, *, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[nn.Module]:
         """Block `index` with its weights in memory, float32; `given` takes the place of parameters by full name."""
         name = self.blocks[index]
         block = self.module.get_submodule(name)

@@ -46,6 +46,16 @@ class Student:
             self.masters.update({f"{name}.{part}": master for part, master in site.masters.items()})
         self._stream = model.start(batches)
 
+    @property
+    def weights(self) -> dict[str, QuantizedWeight]:
+        """Every site as it is now, in stored values."""
+        return {name: site.weight for name, site in self.sites.items()}
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Every norm and bias as it is now, in stored values, by checkpoint name."""
+        return {key: self.masters[key].value for key in self._vectors.values()}
+
     def losses(self, teacher: Teacher, batches: Sequence[int]) -> list[float]:
         """The loss of each batch, a mean over its tokens, with everything rounded to the stored types."""
         stream = self._part(batches)
@@ -82,11 +92,11 @@ class Student:
 
     def _part(self, batches: Sequence[int]) -> Stream:
         whole = self._stream
-        return Stream(*([items[batch] for batch in batches] for items in (whole.input_ids, whole.hidden, whole.arguments)))  # type: ignore[misc]
+        return Stream(
+            *([items[batch] for batch in batches] for items in (whole.input_ids, whole.hidden, whole.arguments))
+        )  # type: ignore[misc]
 
-    def _finished(
-        self, teacher: Teacher, stream: Stream, batches: Sequence[int]
-    ) -> tuple[float, list[Tensor], Slopes]:
+    def _finished(self, teacher: Teacher, stream: Stream, batches: Sequence[int]) -> tuple[float, list[Tensor], Slopes]:
         """The loss, its gradient with respect to what the last block gives, and slopes outside the blocks."""
         tokens = sum(ids.numel() for ids in stream.input_ids)
         given = self._outside()
