@@ -16,7 +16,7 @@ from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone, SiteRecord, Tell
 from pennyweight.pipeline.solve import SolvedSite, check_finite, joined, solve_site
-from pennyweight.schemes import PerTensor, Scheme
+from pennyweight.schemes import Scheme
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solver, Statistics
 
@@ -131,8 +131,8 @@ def _one_round(
 
 
 def _row_parts(site: Site, scheme: Scheme) -> list[slice]:
-    """Rows that can be solved by themselves: all at once where they share a scale or do not lie together."""
-    if isinstance(scheme.granularity, PerTensor) or site.transposed or 0 in site.shape:
+    """Rows that can be solved by themselves: all at once where they share what is stored, or do not lie together."""
+    if scheme.rows_share or site.transposed or 0 in site.shape:
         return [slice(0, site.shape[0])]
     return chunks(site.shape[0], max(1, _PART // site.shape[1]))
 

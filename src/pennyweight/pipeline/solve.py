@@ -15,7 +15,7 @@ from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.models.base import Site
 from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.records import SiteRecord
-from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme
+from pennyweight.schemes import QuantizedWeight, Scheme
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solver, Statistics
 from pennyweight.solvers.nearest import Nearest, round_to_nearest
@@ -61,13 +61,6 @@ def joined(parts: Sequence[SolvedSite]) -> SolvedSite:
         return parts[0]
     first = parts[0]
     weights = [part.weight for part in parts]
-    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
-    whole = QuantizedWeight(
-        torch.cat([weight.codes for weight in weights]),
-        torch.cat([weight.scales for weight in weights]),
-        torch.cat(zeros) if zeros else None,
-        first.weight.scheme,
-    )
     rows = [weight.shape[0] for weight in weights]
     error, nearest = (
         math.fsum(n * getattr(part.record, name) for n, part in zip(rows, parts, strict=True)) / sum(rows)
@@ -75,7 +68,7 @@ def joined(parts: Sequence[SolvedSite]) -> SolvedSite:
     )
     notes = tuple(dict.fromkeys(note for part in parts for note in part.record.notes))
     record = replace(first.record, error=error, error_nearest=nearest, notes=notes)
-    return SolvedSite(whole, record)
+    return SolvedSite(QuantizedWeight.join(weights), record)
 
 
 def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int) -> tuple[float, float]:
@@ -84,18 +77,12 @@ def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int
         return 0.0, 0.0
     rows = torch.arange(0, w.shape[0], every, device=w.device)
     sample = w[rows]
-    result = _take(weight, rows)
-    nearest = round_to_nearest(sample, result.scheme, result.scales, result.zeros)
+    result = weight.rows(rows)
+    nearest = round_to_nearest(sample, result.scheme, result.parameters)
     total = _energy(sample, stats.hessian)
     if total == 0:
         return 0.0, 0.0
     return tuple(_energy(sample - q.dequantize(), stats.hessian) / total for q in (result, nearest))  # type: ignore[return-value]
-
-
-def _take(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
-    own = slice(None) if isinstance(weight.scheme.granularity, PerTensor) else rows
-    zeros = None if weight.zeros is None else weight.zeros[own]
-    return QuantizedWeight(weight.codes[rows], weight.scales[own], zeros, weight.scheme)
 
 
 def _energy(e: Tensor, hessian: Tensor | None) -> float:
