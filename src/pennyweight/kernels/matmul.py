@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
         return linear_f32(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = matmul_nt(rows, weight.T).reshape(x.shape) if ctx.needs_input_grad[0] else None

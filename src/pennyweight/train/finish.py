@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ _SCRATCH = "recovery-"
 class Recovery:
     """A `Finish` of the pipeline: `recover` on what was written, with the run's own calibration text."""
 
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
     tell: Callable[[Step], None] = lambda step: None
 
     @property
@@ -120,7 +120,7 @@ def _save(redo: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -
 
 
 def _apply(redo: Path, output: Output) -> dict[str, Any]:
-    with safe_open(redo, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(redo, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             output.files.write(name, file.get_tensor(name))
         found: dict[str, Any] = json.loads(file.metadata()["found"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from pennyweight.models.base import Site
-from pennyweight.schemes import QuantizedWeight
+from pennyweight.schemes import QuantizedWeight, ScaleSpec
+from pennyweight.schemes.parameters import Parameters
 from pennyweight.schemes.quantized import grouped
 
 
@@ -45,35 +47,63 @@ def vector_master(stored: Tensor) -> Master:
 
 @dataclass(frozen=True)
 class TrainedSite:
-    """A site with frozen codes: w = scale * (value(code) - zero), of which the scales are trained."""
+    """A site with frozen codes, of whose parameters those are trained that are stored as floats.
+
+    masters   by field of Parameters: "scales", "zeros", "offsets", "parents", "offset_parents"
+    """
 
     site: Site
     start: QuantizedWeight
-    scales: Master
+    masters: Mapping[str, Master]
 
     @staticmethod
     def of(site: Site, weight: QuantizedWeight) -> TrainedSite:
-        # A scale of zero stays zero.
-        return TrainedSite(site, weight, Master.of(weight.scales, unit=weight.scales.float().abs()))
-
-    @property
-    def masters(self) -> dict[str, Master]:
-        return {"scales": self.scales}
+        # Of a zero point one step is a code, of anything else its own size: a scale of zero stays zero.
+        parts = _floats(weight.parameters)
+        scales = weight.parameters.decoded(weight.scheme).scales.abs()
+        sizes = {"zeros": torch.ones_like(scales), "offsets": scales}
+        masters = {name: Master.of(part, unit=sizes.get(name, part.float().abs())) for name, part in parts.items()}
+        return TrainedSite(site, weight, masters)
 
     @property
     def weight(self) -> QuantizedWeight:
         """With everything rounded to the stored types."""
-        return replace(self.start, scales=self.scales.value)
+        values = {name: master.value for name, master in self.masters.items()}
+        return QuantizedWeight.of(self.start.codes, replace(self.start.parameters, **values), self.start.scheme)
 
     def slopes(self, dw: Tensor) -> dict[str, Tensor]:
-        """By the chain rule, sums over the weights that share a scale:
+        """By the chain rule from w = scale * (value - zero) or scale * value - offset, scale = parent * own,
 
-            d scale = sum_i dw_i * (value_i - zero)
+            d scale  =  sum_i dw_i * (value_i - zero)        d zero   = -scale * sum_i dw_i
+            d parent =  sum_j own_j * d scale_j              d offset = -sum_i dw_i
 
-        `dw` float32 [out, in], the gradient with respect to the decoded weight.
+        with sums over the weights i that share a scale and the scales j that share a parent. `dw` float32 [out, in] is
+        the gradient with respect to the decoded weight.
         """
-        scheme = self.start.scheme
-        values = scheme.element.decode(grouped(self.start.codes, scheme))
-        if self.start.zeros is not None:
-            values = values - self.start.zeros[..., None]
-        return {"scales": self.scales.slope((grouped(dw, scheme) * values).sum(-1))}
+        scheme, stored = self.start.scheme, self.weight.parameters
+        given = stored.decoded(scheme)
+        scales = (grouped(dw, scheme) * scheme.element.decode(grouped(self.start.codes, scheme))).sum(-1)
+        total = grouped(dw, scheme).sum(-1)
+        if given.zeros is not None:
+            scales = scales - given.zeros * total
+        gradients = {"scales": scales, "zeros": -given.scales * total, "offsets": -total}
+        gradients["parents"] = _gathered(scales, stored.scales, scheme.scale)
+        if stored.offsets is not None and scheme.offset is not None:
+            gradients["offset_parents"] = _gathered(-total, stored.offsets, scheme.offset)
+        return {name: master.slope(gradients[name]) for name, master in self.masters.items()}
+
+
+def _floats(parameters: Parameters) -> dict[str, Tensor]:
+    """Those of `parameters` that are stored as floats."""
+    parts = {field.name: getattr(parameters, field.name) for field in fields(parameters)}
+    return {name: part for name, part in parts.items() if part is not None and part.is_floating_point()}
+
+
+def _gathered(slopes: Tensor, stored: Tensor, spec: ScaleSpec) -> Tensor:
+    """sum_j own_j * slope_j over the scales or offsets of each parent; these themselves where there is none."""
+    if spec.parent is None or spec.element is None:
+        return slopes
+    each = slopes * spec.element.decode(stored)
+    if spec.span is None:
+        return each.sum().reshape(1, 1)
+    return each.reshape(each.shape[0], -1, spec.span).sum(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from pennyweight.core.parallel import parallel_map
 from pennyweight.models.sites import Place
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.schemes import QuantizedWeight
+from pennyweight.schemes.parameters import Parameters
 from pennyweight.train.masters import Master, TrainedSite, vector_master
 from pennyweight.train.teacher import Teacher
 
@@ -92,9 +93,8 @@ class Student:
 
     def _part(self, batches: Sequence[int]) -> Stream:
         whole = self._stream
-        return Stream(
-            *([items[batch] for batch in batches] for items in (whole.input_ids, whole.hidden, whole.arguments))
-        )  # type: ignore[misc]
+        ids, hidden = ([items[batch] for batch in batches] for items in (whole.input_ids, whole.hidden))
+        return Stream(ids, hidden, [whole.arguments[batch] for batch in batches])
 
     def _finished(self, teacher: Teacher, stream: Stream, batches: Sequence[int]) -> tuple[float, list[Tensor], Slopes]:
         """The loss, its gradient with respect to what the last block gives, and slopes outside the blocks."""
@@ -131,7 +131,9 @@ class Student:
         self, out: Tensor, x: Tensor, leaves: Mapping[str, _Leaf], outer: Tensor | None
     ) -> tuple[Tensor, Slopes]:
         values = [leaf.value for leaf in leaves.values()]
-        dx, *gradients = torch.autograd.grad(out, [x, *values], outer, allow_unused=True)
+        dx, *rest = torch.autograd.grad(out, [x, *values], outer, allow_unused=True)
+        # None where the output does not depend on the leaf.
+        gradients: list[Tensor | None] = list(rest)
         slopes: Slopes = {}
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             if gradient is None:
@@ -181,8 +183,9 @@ class Student:
 
 
 def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    zeros = None if weight.zeros is None else weight.zeros.to(device)
-    return QuantizedWeight(weight.codes.to(device), weight.scales.to(device), zeros, weight.scheme)
+    parts = (getattr(weight.parameters, field.name) for field in fields(Parameters))
+    moved = Parameters(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+    return QuantizedWeight.of(weight.codes.to(device), moved, weight.scheme)
 
 
 def _vectors(model: StreamedModel) -> dict[str, str]:
