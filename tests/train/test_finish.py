@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pennyweight.evaluate.compare import evaluate
 from pennyweight.evaluate.verify import verify
+from pennyweight.pipeline.journal import Journal
 from pennyweight.train import finish
 from pennyweight.train.finish import Recovery
 from pennyweight.train.recover import Settings
@@ -70,14 +71,17 @@ def test_the_record_says_what_was_found(recovered: Path) -> None:
     assert 0 < found["best_step"] <= found["steps"]
     assert "rate=0.005" in record["recipe"]["finish"]
     left = {file.name for file in recovered.iterdir()}
-    assert not any(name.startswith("recover") or name == "journal.jsonl" for name in left)
+    assert not left & {"finish", "journal.jsonl"}
 
 
 class _Killed(BaseException):
     """Nothing is expected to survive this but what is on disk."""
 
 
-@pytest.mark.parametrize("moment", ["while it trains", "before the new values are whole", "while they are written"])
+@pytest.mark.parametrize(
+    "moment",
+    ["while it trains", "before the new values are whole", "while they are written", "just before the journal"],
+)
 def test_a_killed_recovery_ends_with_the_same_bytes(
     model: Path, recovered: Path, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,8 +111,13 @@ def _kill(patch: pytest.MonkeyPatch, moment: str) -> None:
             patch.setattr("pennyweight.train.student.Student.slopes", killed)
         case "before the new values are whole":
             patch.setattr(finish.os, "replace", killed)
-        case _:
+        case "while they are written":
             patch.setattr(finish, "_apply", half_applied)
+        case _:
+            add = Journal.add
+            patch.setattr(
+                Journal, "add", lambda self, part, *a, **k: (killed if part == "finish" else add)(self, part, *a, **k)
+            )
 
 
 def test_another_recovery_does_not_continue_this_one(

@@ -38,16 +38,17 @@ Verify = Callable[[Path], dict[str, Any]]
 class Finish(Protocol):
     """What changes the weights as a whole once all blocks are written; `name` says all that shapes it, for the recipe.
 
-    It is called again after a crash unless it had returned, and must then continue from whatever it had written.
+    It is called again after a crash, with what it had left in `scratch`, and must then end with the same bytes.
     """
 
     @property
     def name(self) -> str: ...
-    def __call__(self, job: Job, output: Output, directory: Path) -> dict[str, Any]:
-        """Change tensors of `output` in their places; returns what goes into the record."""
+    def __call__(self, job: Job, output: Output, scratch: Path) -> dict[str, Any]:
+        """Change tensors of `output` in their places; returns what goes into the record. `scratch` is a directory that
+        goes away once that is journaled."""
 
 
-# The journal's name for what comes after the blocks.
+# The journal's name for what comes after the blocks, and that of its directory.
 _FINISH = "finish"
 # Room for pennyweight.json, config.json and the model card beside the weights and the carried files.
 _SIDECARS_BYTES = 1 << 20
@@ -153,8 +154,8 @@ def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, ver
         resumed = journal.blocks
         output = Output(files, job.container, job.plan, job.model.checkpoint)
         records = _write_weights(job, output, journal, tell)
-        if finish is not None and _FINISH not in journal.finished:
-            journal.add(_FINISH, [], found=finish(job, output, directory))
+        if finish is not None:
+            _finish(job, output, directory, journal, finish)
     write_sidecars(job, directory, records)
     report = run_report(job, target, records)
     report.resumed_blocks = resumed
@@ -170,6 +171,17 @@ def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, ver
     files_of_output = (file for file in directory.rglob("*") if file.is_file() and file.name != JOURNAL_NAME)
     report.size_bytes = sum(file.stat().st_size for file in files_of_output)
     return report
+
+
+def _finish(job: Job, output: Output, directory: Path, journal: Journal, finish: Finish) -> None:
+    scratch = directory / _FINISH
+    if _FINISH not in journal.finished:
+        scratch.mkdir(exist_ok=True)
+        found = finish(job, output, scratch)
+        output.files.flush()
+        journal.add(_FINISH, [], found=found)
+    # Not before the journal: a second call would begin with values that are already changed.
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _measured(report: RunReport) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from pennyweight.models import text
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.output import Output
-from pennyweight.pipeline.prepare import Job
+from pennyweight.pipeline.prepare import Job, calibration_windows
 from pennyweight.train.recover import Recovered, Settings, Step, recover
 
 # New values on their way into the weight files: there whole or not at all.
 _REDO = "recovered.safetensors"
-_SCRATCH = "recovery-"
 
 
 @dataclass(frozen=True)
@@ -40,33 +39,25 @@ class Recovery:
     def name(self) -> str:
         return f"recovery: {self.settings}"
 
-    def __call__(self, job: Job, output: Output, directory: Path) -> dict[str, Any]:
+    def __call__(self, job: Job, output: Output, scratch: Path) -> dict[str, Any]:
         """Change scales, norms and biases in the weight files of `output`, in their places; returns what was found.
 
-        New values go to a file in `directory` first, so that a run which is killed before it is there starts over
-        from what the solver wrote, and one which is killed later writes them again.
+        New values go to a file in `scratch` first, so that a run which is killed before it is there starts over from
+        what the solver wrote, and one which is killed later writes them again.
         """
-        redo = directory / _REDO
-        for leftover in directory.glob(f"{_SCRATCH}*"):
-            shutil.rmtree(leftover)
+        redo = scratch / _REDO
         if not redo.exists():
-            recovered = self._recovered(job, output, directory)
-            _save(redo, _changed(job, output, recovered), _findings(recovered))
-        found = _apply(redo, output)
-        redo.unlink()
-        return found
-
-    def _recovered(self, job: Job, output: Output, directory: Path) -> Recovered:
-        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
-        try:
-            original = StreamedModel(
-                job.model.path, trust_remote_code=job.options.trust_remote_code, device=job.options.device
-            )
-            weights = {site.name: output.read(site) for site in _sites(job)}
             windows = _windows(job, self.settings)
-            return recover(job.model, original, weights, windows, scratch, settings=self.settings, tell=self.tell)
-        finally:
-            shutil.rmtree(scratch)
+            recovered = self._recovered(job, output, scratch, windows)
+            _save(redo, _changed(job, output, recovered), _findings(recovered, windows))
+        return _apply(redo, output)
+
+    def _recovered(self, job: Job, output: Output, scratch: Path, windows: Tensor) -> Recovered:
+        options = job.options
+        original = StreamedModel(job.model.path, trust_remote_code=options.trust_remote_code, device=options.device)
+        weights = {site.name: output.read(site) for site in _sites(job)}
+        with tempfile.TemporaryDirectory(dir=scratch) as teacher:
+            return recover(job.model, original, weights, windows, Path(teacher), settings=self.settings, tell=self.tell)
 
 
 def _sites(job: Job) -> list[Site]:
@@ -75,13 +66,9 @@ def _sites(job: Job) -> list[Site]:
 
 def _windows(job: Job, settings: Settings) -> Tensor:
     """Windows of the run's calibration text, of the built-in text where the run had none."""
-    options = job.options
-    source = options.calibration_source or text.BUILT_IN
-    tokenizer = text.load_tokenizer(job.model.path, trust_remote_code=options.trust_remote_code)
-    documents = text.documents(source, tokenizer) if isinstance(source, str) else source
-    length = min(options.length, text.context_length(job.model.config) or options.length)
-    windows = text.windows(documents, tokenizer, length=length, count=settings.windows, seed=options.seed)
-    text.check_vocabulary(windows, job.model.config, [str(job.model.path)])
+    source = job.options.calibration_source or text.BUILT_IN
+    windows = calibration_windows(job.model, replace(job.options, calibration=source), samples=settings.windows)
+    assert windows is not None
     return windows
 
 
@@ -101,8 +88,10 @@ def _differing(output: Output, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     return {name: tensor for name, tensor in found.items() if not torch.equal(tensor, output.files.read(name))}
 
 
-def _findings(recovered: Recovered) -> dict[str, Any]:
+def _findings(recovered: Recovered, windows: Tensor) -> dict[str, Any]:
     return {
+        "windows": windows.shape[0],
+        "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "held_out_before": recovered.before,
         "held_out_after": recovered.after,
         "best_step": recovered.step,
