@@ -120,9 +120,9 @@ def _together(
     problem = BlockProblem(
         weights=originals,
         start={name: one.weight for name, one in solved.items()},
-        importance={name: one.stats.importance for name, one in found.items() if one.stats.importance is not None},
         forward=lambda weights, batch: model.run_with(block, index, streams.quantized, batch, weights),
         targets=streams.original.hidden,
+        seed=chain.seed,
     )
     refined = chain.refine.refine(problem)
     records = []

@@ -14,11 +14,13 @@ class Chain:
     """solver   chooses the codes of one site after the other
     fit      how scales are fitted where a site has to be rounded to nearest
     refine   chooses the codes of a block's sites together, from those; None: they stay
+    seed     of whatever is drawn on the way
     """
 
     solver: Solver
     fit: Fit
     refine: BlockSolver | None = None
+    seed: int = 0
 
     @property
     def needs_original(self) -> bool:

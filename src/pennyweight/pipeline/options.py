@@ -82,7 +82,7 @@ class Options:
         """How codes are chosen; raises UsageError for a name that is not known."""
         steps = self.steps
         refine = None if steps.refine == NONE else find("solvers.learned", steps.refine)
-        return Chain(_with(find("solvers", steps.solver), "fit", self.fit), self.fit, _with(refine, "seed", self.seed))
+        return Chain(_with(find("solvers", steps.solver), "fit", self.fit), self.fit, refine, self.seed)
 
     @property
     def calibration_source(self) -> str | tuple[str, ...] | None:
