@@ -42,13 +42,16 @@ class Stream:
 class StreamedModel:
     """The model of a directory: config, checkpoint, blocks and sites; weights are read when they are needed."""
 
-    def __init__(self, path: Path, *, trust_remote_code: bool = False, device: str = "cpu") -> None:
+    def __init__(self, path: Path, *, trust_remote_code: bool = False, device: str = "cpu",
+                 checkpoint: Checkpoint | None = None) -> None:  # fmt: skip
+        """`checkpoint` stands in for the directory's own weights, which it may read differently."""
         from pennyweight.models.config_json import read_config_json
 
         self.path = path
         self.device = torch.device(device)
+        self.trust_remote_code = trust_remote_code
         raw = read_config_json(path)
-        self.checkpoint: Checkpoint = decoded(open_checkpoint(path), raw)
+        self.checkpoint: Checkpoint = checkpoint or decoded(open_checkpoint(path), raw)
         self.config = read_config(path, trust_remote_code=trust_remote_code)
         self.module = build(self.config, trust_remote_code=trust_remote_code)
         self.weights = WeightMap(self.module, self.checkpoint)
