@@ -12,7 +12,10 @@ from pennyweight.cli.console import Bar, Clock, device_of, mebibytes, put_json, 
 from pennyweight.core.memory import settle_imports
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pennyweight.pipeline.records import BlockDone, RunReport, SiteRecord, Tell
+    from pennyweight.train.recover import Step
 
 
 def quantize(
@@ -79,6 +82,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         verification=verify,  # type: ignore[arg-type]
         tell=teller(),
+        tell_step=step_teller(),
     )
     put_json(report) if as_json else _print(report)
 
@@ -99,6 +103,19 @@ def teller() -> Tell:
             for note in site.notes if len(done.sites) < 40 else ():
                 say(f"  {site.name}: {note}")
         bar.show(done.index + 1, done.total)
+
+    return tell
+
+
+def step_teller() -> Callable[[Step], None]:
+    """Shows the steps of recovery: a line wherever the held-out windows were asked, and a bar on a terminal."""
+    clock, bar = Clock(), Bar("steps")
+
+    def tell(step: Step) -> None:
+        if step.held_out is not None:
+            time = clock.line(step.done, step.total) if step.done else ""
+            say(f"recovery, step {step.done}/{step.total}: held-out loss {step.held_out:.4g}  [{time}]")
+        bar.show(step.done, step.total)
 
     return tell
 
