@@ -109,12 +109,16 @@ def teller() -> Tell:
 
 def step_teller() -> Callable[[Step], None]:
     """Shows the steps of recovery: a line wherever the held-out windows were asked, and a bar on a terminal."""
-    clock, bar = Clock(), Bar("steps")
+    started: list[Clock] = []
+    bar = Bar("steps")
 
     def tell(step: Step) -> None:
+        # Time counts from the first step on, not from the blocks before.
+        clock = started[0] if started else Clock()
+        started[:] = [clock]
         if step.held_out is not None:
-            time = clock.line(step.done, step.total) if step.done else ""
-            say(f"recovery, step {step.done}/{step.total}: held-out loss {step.held_out:.4g}  [{time}]")
+            time = f"  [{clock.line(step.done, step.total)}]" if step.done else ""
+            say(f"recovery, step {step.done}/{step.total}: held-out loss {step.held_out:.4g}{time}")
         bar.show(step.done, step.total)
 
     return tell

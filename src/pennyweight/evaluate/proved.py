@@ -40,7 +40,8 @@ def quantize(
     """Quantize a model directory or Hub id into the new directory `out`, verified.
 
     `calibration` is a text file, a .jsonl, a directory, "built-in", "none", or the texts themselves; see Options for
-    the rest. `tell` hears of each block, `tell_step` of each step of recovery. Returns what was done; raises PennyweightError, and then `out` does not exist.
+    the rest. `tell` hears of each block, `tell_step` of each step of recovery. Returns what was done; raises
+    PennyweightError, and then `out` does not exist.
     """
     options = Options(
         scheme=scheme,

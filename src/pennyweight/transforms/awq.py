@@ -65,8 +65,8 @@ def _error(sampled: Sequence[tuple[Weighed, Tensor]], s: Tensor | None) -> float
         assert hessian is not None
         columns = torch.ones_like(w[0]) if s is None else per_column(s, reader.source)
         scaled = w * columns
-        scales, zeros = fit_scales(scaled, reader.scheme, importance=hessian.diagonal() / columns.square())
-        error = round_to_nearest(scaled, reader.scheme, scales, zeros).dequantize() / columns - w
+        parameters = fit_scales(scaled, reader.scheme, importance=hessian.diagonal() / columns.square())
+        error = round_to_nearest(scaled, reader.scheme, parameters).dequantize() / columns - w
         total += float((matmul_nt(error, hessian) * error).double().sum())
     return total
 
