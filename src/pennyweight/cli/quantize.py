@@ -27,8 +27,9 @@ def quantize(
     bits: int | None = typer.Option(None, min=2, max=8, help="Instead of --scheme: this width in groups of 128."),
     runtime: str = typer.Option("transformers", "--for", help="What will read the result: transformers or vllm."),
     effort: str = typer.Option(
-        "normal", help="fast, normal or best: what the run may cost, and so which of the next three steps it takes."
+        "normal", help="fast, normal or best: what the run may cost, and so which of the next four steps it takes."
     ),
+    transform: str | None = typer.Option(None, help="How a block is rewritten before that: awq, or none."),
     solver: str | None = typer.Option(None, help="How the codes of one matrix are chosen: gptq, nearest..."),
     refine: str | None = typer.Option(None, help="How those of a block are refined together, or none."),
     recover: bool | None = typer.Option(
@@ -69,6 +70,7 @@ def quantize(
         out,
         scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"),
         effort=effort,  # type: ignore[arg-type]
+        transform=transform,
         solver=solver,
         refine=refine,
         recover=recover,

@@ -22,6 +22,7 @@ def quantize(
     *,
     scheme: str = Options.scheme,
     effort: Effort = Options.effort,
+    transform: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
     recover: bool | None = None,
@@ -46,6 +47,7 @@ def quantize(
     options = Options(
         scheme=scheme,
         effort=effort,
+        transform=transform,
         solver=solver,
         refine=refine,
         recover=recover,

@@ -159,6 +159,7 @@ def _recipe(
     return Recipe(
         scheme=options.scheme,
         effort=options.effort,
+        transform=steps.transform,
         solver=steps.solver,
         refine=steps.refine,
         recover=steps.recover,

@@ -25,6 +25,7 @@ class Recipe:
 
     scheme: str
     effort: str
+    transform: str
     solver: str
     refine: str
     recover: bool
