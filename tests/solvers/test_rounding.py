@@ -155,7 +155,7 @@ def one_pass(w: Tensor, weight: QuantizedWeight, stats: Statistics) -> Quantized
 @every_scheme
 def test_a_pass_is_that_of_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polish, "_COLUMNS", 16)
-    w, stats = problem(30, 40)
+    w, stats = problem(16, 64)
     start = rounded(w, stats, name)
     found = one_pass(w, start, stats)
     assert agreement(found.codes, start.codes) < 0.9
@@ -218,6 +218,6 @@ def test_a_pass_with_wrong_steps_is_caught(fault: str, monkeypatch: pytest.Monke
         plain(*arrays, lower=wrong, **rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(polish, "round_block_", faulty)
-    w, stats = problem(30, 40)
+    w, stats = problem(16, 64)
     start = rounded(w, stats, "int4-g32-f32")
     assert agreement(one_pass(w, start, stats).codes, textbook(w, start, damped(stats))) < ALMOST_ALL
