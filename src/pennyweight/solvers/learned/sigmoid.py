@@ -44,8 +44,8 @@ class Sigmoid:
     codes seen are kept, the start's among them.
     """
 
-    steps: int = 200
-    batches: int = 8
+    steps: int = 100
+    batches: int = 4
     reach: float = 14.0
     scale_reach: float = 0.1
     strength: float = 112.0

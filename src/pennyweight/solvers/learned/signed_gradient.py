@@ -36,8 +36,8 @@ class SignedGradient:
     start's among them.
     """
 
-    steps: int = 200
-    batches: int = 8
+    steps: int = 100
+    batches: int = 4
     reach: float = 1.0
     scale_reach: float = 0.1
     lean: float = 0.4
