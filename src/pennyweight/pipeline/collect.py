@@ -16,7 +16,6 @@ from pennyweight.stats.cross_moment import CrossMoment
 from pennyweight.stats.magnitude import Magnitude
 from pennyweight.stats.second_moment import SecondMoment
 
-
 # Of an expert, whose rows are other tokens in the original model.
 _ROUTED = "its inputs in the original model are other tokens': taken to be those that there are"
 
