@@ -20,6 +20,7 @@ from tests.pipeline import tiny
 from tests.pipeline.tiny import OPTIONS
 
 STEPS: dict[str, Options] = {
+    "rotated": replace(OPTIONS, solver="gptq", rotate=True),
     "awq": replace(OPTIONS, solver="gptq", transform="awq"),
     "smoothquant": replace(OPTIONS, solver="nearest", transform="smoothquant"),
     "signed-gradient": replace(OPTIONS, solver="gptq", refine="signed-gradient"),
@@ -67,7 +68,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes_on_any_number_of_threads
     assert tiny.digests(tmp_path / "out") == tiny.digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", ["awq", "signed-gradient"])
+@pytest.mark.parametrize("step", ["rotated", "awq", "signed-gradient"])
 def test_the_runtime_computes_what_was_written(model: Path, tmp_path: Path, step: str) -> None:
     tiny.run(model, tmp_path / "out", STEPS[step])
     with one_thread_per_operation():

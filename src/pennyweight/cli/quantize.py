@@ -29,6 +29,7 @@ def quantize(
     effort: str = typer.Option(
         "normal", help="fast, normal or best: what the run may cost, and so which of the next four steps it takes."
     ),
+    rotate: bool = typer.Option(False, "--rotate", help="Rotate the residual stream first; a tied head is untied."),
     transform: str | None = typer.Option(None, help="How a block is rewritten before that: awq, or none."),
     solver: str | None = typer.Option(None, help="How the codes of one matrix are chosen: gptq, nearest..."),
     refine: str | None = typer.Option(None, help="How those of a block are refined together, or none."),
@@ -70,6 +71,7 @@ def quantize(
         out,
         scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"),
         effort=effort,  # type: ignore[arg-type]
+        rotate=rotate,
         transform=transform,
         solver=solver,
         refine=refine,

@@ -22,6 +22,7 @@ def quantize(
     *,
     scheme: str = Options.scheme,
     effort: Effort = Options.effort,
+    rotate: bool = False,
     transform: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
@@ -47,6 +48,7 @@ def quantize(
     options = Options(
         scheme=scheme,
         effort=effort,
+        rotate=rotate,
         transform=transform,
         solver=solver,
         refine=refine,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Checkpoint(Protocol):
     tensors        name -> type and shape of what `read` returns
     decoded_from   None for a float checkpoint, else what was decoded on reading, e.g. "fp8 weights with block scales"
     weight_files   the files that hold the weights, in order of name
+    config_changes  what config.json must say in place of what it does for these tensors to mean the model
     """
 
     @property
@@ -42,6 +43,8 @@ class Checkpoint(Protocol):
     def decoded_from(self) -> str | None: ...
     @property
     def weight_files(self) -> list[Path]: ...
+    @property
+    def config_changes(self) -> Mapping[str, Any]: ...
     def read(self, name: str, part: slice | None = None) -> Tensor:
         """The tensor `name` (rows `part` of its first axis), fresh, in its stored type; raises CheckpointError."""
 

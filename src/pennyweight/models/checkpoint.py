@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ class SafetensorsCheckpoint:
     weight_files: list[Path]
     places: Mapping[str, tuple[Path, Entry]]
     decoded_from: str | None = None
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, name: str, part: slice | None = None) -> Tensor:
         """The tensor `name` (rows `part` of its first axis) in fresh memory, in its stored type.

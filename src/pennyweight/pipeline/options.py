@@ -20,6 +20,7 @@ NONE = "none"
 class Options:
     """scheme        short name, see `parse_scheme`
     effort        what the run may cost: decides whatever of the next four is None
+    rotate        whether the residual stream is rotated first, which changes nothing but how well it rounds
     transform     name of a transform of each block before it is solved, or "none"
     solver        name of a solver
     refine        name of a solver of whole blocks that goes on from there, or "none"
@@ -36,6 +37,7 @@ class Options:
 
     scheme: str = "int4-g128"
     effort: Effort = "normal"
+    rotate: bool = False
     transform: str | None = None
     solver: str | None = None
     refine: str | None = None

@@ -119,16 +119,19 @@ def carried_files(model: Path) -> list[Path]:
     )
 
 
-def write_config(model: Path, directory: Path, quantization_config: Mapping[str, Any], *, dtype: str) -> None:
+def write_config(model: Path, directory: Path, quantization_config: Mapping[str, Any], *, dtype: str,
+                 changes: Mapping[str, Any]) -> None:  # fmt: skip
     """config.json of the model with the container's `quantization_config` in place of any former one.
 
     `dtype` is what the scales were rounded for: the config says it, so that the runtime loads the model in no other.
+    `changes` are entries that the written tensors ask for.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part.pop("quantization_config", None)
             part.pop("compression_config", None)
+    config.update(changes)
     if not any(config.get(key) for key in ("dtype", "torch_dtype")):
         config["dtype"] = dtype
     config["quantization_config"] = dict(quantization_config)

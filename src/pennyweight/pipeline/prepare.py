@@ -20,6 +20,7 @@ from pennyweight.core.registry import provided
 from pennyweight.models import text
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.hub import resolve
+from pennyweight.models.residual import rotated
 from pennyweight.models.self_text import SELF, own_windows
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.options import Options
@@ -73,6 +74,8 @@ def prepare(model: str, options: Options, container: Container | None) -> Job:
     try:
         hashes = {str(f.relative_to(path)): background.submit(sha256, f) for f in _input_files(path)}
         streamed = StreamedModel(path, trust_remote_code=options.trust_remote_code, device=options.device)
+        if options.rotate:
+            streamed = rotated(streamed, seed=options.seed)
         facts = _facts(streamed)
         plan = _plan(streamed, facts, options, container)
         windows = calibration_windows(streamed, options, samples=options.samples)
@@ -159,6 +162,7 @@ def _recipe(
     return Recipe(
         scheme=options.scheme,
         effort=options.effort,
+        rotate=options.rotate,
         transform=steps.transform,
         solver=steps.solver,
         refine=steps.refine,

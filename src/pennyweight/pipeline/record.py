@@ -25,7 +25,8 @@ def write_sidecars(job: Job, directory: Path, records: Sequence[SiteRecord]) -> 
     """Everything beside the weights but the record of the run."""
     config = job.container.config(job.plan, job.model.sites, job.facts, runtime=job.options.runtime)
     carry(job.model.path, carried_files(job.model.path), directory)
-    write_config(job.model.path, directory, config, dtype=job.facts.dtype)
+    changes = job.model.checkpoint.config_changes
+    write_config(job.model.path, directory, config, dtype=job.facts.dtype, changes=changes)
     card = model_card(
         job.model.path,
         job.recipe,

@@ -25,6 +25,7 @@ class Recipe:
 
     scheme: str
     effort: str
+    rotate: bool
     transform: str
     solver: str
     refine: str

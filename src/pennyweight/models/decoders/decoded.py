@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class DecodedCheckpoint:
     @property
     def weight_files(self) -> list[Path]:
         return self.stored.weight_files
+
+    @property
+    def config_changes(self) -> Mapping[str, Any]:
+        return self.stored.config_changes
 
     @property
     def decoded_from(self) -> str | None:
