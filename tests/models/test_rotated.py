@@ -23,7 +23,7 @@ from tests.transforms.blocks import InDouble
 EXACT = 1e-9
 CAN = [
     "llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "phi3", "phi", "gpt2", "opt", "gpt-neox", "mixtral",
-    "qwen2-moe", "gpt-oss", "llama4", "granite-moe",
+    "qwen2-moe", "gpt-oss", "llama4", "granite-moe", "deepseek-v3",
 ]  # fmt: skip
 CANNOT = {
     "gemma2": "a normalization of what is added",

@@ -25,10 +25,13 @@ from pennyweight.models.rotation_plan import BlockRoles, RotationPlan
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.transforms.hadamard import Rotation, random_rotation
 from pennyweight.transforms.heads import head_size
-from pennyweight.transforms.probe import trace
+from pennyweight.transforms.probe import Run, Trace, trace
 
 # Largest deviation of a part of the rotated model, in float32, relative to the root mean square of what it gives.
 _TOLERANCE = 1e-4
+# How far a writer's output is pushed, the share of it at least by which the stream then moves (an expert's output is
+# weighed), and the cosine of the two directions: all else is bounded, and so small beside the push.
+_PUSH, _LEAST_MOVE, _SAME_WAY = 1e6, 1e-3, 0.99
 
 
 @one_thread_per_operation()
@@ -78,14 +81,27 @@ def _look(model: StreamedModel, finder: FoldFinder, block: nn.Module, index: int
         for fold in norms[:1]
         for name in (reader.parameter for reader in fold.readers)
     )
-    taken |= {fold.producer[0].parameter for fold in folds}
     writers = [
         used
         for name, used in base.maps.items()
-        if name not in taken and block.get_parameter(name).shape[used.out_axis] == width
+        if name not in taken
+        and block.get_parameter(name).shape[used.out_axis] == width
+        and _writes(block, lambda probed: finder.run(probed, index, finder.hidden), base, name)
     ]
     sizes = [(fold, head_size(block, lambda probed: finder.run(probed, index, finder.hidden), fold)) for fold in folds]
     return BlockRoles(norms, writers, [pair for pair in sizes if pair[1] > 1 and with_heads], subtracts_mean)
+
+
+def _writes(block: nn.Module, run: Run, base: Trace, name: str) -> bool:
+    """What the matrix gives is added to the stream: pushed far in one direction, the block's output goes there too.
+
+    Everything else that a block does with it passes a normalization or a softmax, or another matrix.
+    """
+    push = torch.randn(base.output.shape[-1], generator=torch.Generator().manual_seed(0)).to(base.output)
+    pushed = trace(block, run, after={name: lambda out: out + _PUSH * push}).output
+    moved = (pushed - base.output).flatten(0, -2)
+    moved = moved[moved.norm(dim=-1) > push.norm() * _PUSH * _LEAST_MOVE]
+    return len(moved) > 0 and bool((torch.cosine_similarity(moved, push[None], dim=-1) > _SAME_WAY).all())
 
 
 def _prove(

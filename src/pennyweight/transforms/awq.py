@@ -63,7 +63,7 @@ def _error(sampled: Sequence[tuple[Weighed, Tensor]], s: Tensor | None) -> float
     for reader, w in sampled:
         hessian = reader.stats.hessian
         assert hessian is not None
-        columns = torch.ones_like(w[0]) if s is None else per_column(s, reader.source)
+        columns = torch.ones_like(w[0]) if s is None else per_column(s, reader.source).to(w)
         scaled = w * columns
         parameters = fit_scales(scaled, reader.scheme, importance=hessian.diagonal() / columns.square())
         error = round_to_nearest(scaled, reader.scheme, parameters).dequantize() / columns - w

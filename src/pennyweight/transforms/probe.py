@@ -103,7 +103,8 @@ class _Probe(TorchFunctionMode):
             return func(*args)
         axis = -1 if self._parameters[name].stride(-1) == in_stride else -2
         self.maps[name] = LinearMap(name, axis, self._named(bias))
-        self.inputs.setdefault(name, []).append(args[x].detach().reshape(-1, args[x].shape[-1]).clone())
+        rows = args[x].detach().reshape(-1, args[x].shape[-1])
+        self.inputs.setdefault(name, []).append(rows.to("cpu", copy=True))
         change = self._before.get(name)
         given = args if change is None else (*args[:x], change(args[x]), *args[x + 1 :])
         out = func(*given)
