@@ -43,7 +43,7 @@ class Settings:
     windows: int = 256
     epochs: float = 1.0
     batch: int = 2
-    rate: float = 1.5e-3
+    rate: float = 1e-3
     warm_up: float = 0.1
     clip: float = 2.0
     held_out: int = 10
