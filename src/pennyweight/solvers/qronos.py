@@ -34,9 +34,8 @@ class Qronos:
     it. The paper solves for the columns still to come after each column; feedback leaves them at the same values, since
     its aims are those least-squares solutions. Only its first column differs: it is rounded given all others as they
     are in W, here given all others free. H is damped in both places, which keeps W* at W where the inputs say nothing.
-    `correction` is the part of the way from W to W* that is gone: with few calibration tokens for the inputs of a site a
-    whole step fits their noise. On the demo model (int3-g128) three quarters gave 5 % less KL than the whole at 10 k
-    tokens, and as much at 40 k.
+    `correction` is the part of the way from W to W* that is gone: with few calibration tokens a whole step fits noise.
+    On the demo model (int3-g128) three quarters gave 5 % less KL than the whole at 10 k tokens, and as much at 40 k.
     """
 
     damping: float = 0.01
