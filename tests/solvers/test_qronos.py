@@ -67,7 +67,7 @@ def test_codes_are_those_of_the_papers_iteration(name: str) -> None:
     w, stats = problem(40, 96)
     scheme = parse_scheme(name)
     parameters = fit_scales(least_squares(w, stats).float(), scheme, importance=stats.importance)
-    found = Qronos(block=BLOCK, rounds=0, passes=0).solve(w, scheme, stats).weight.codes
+    found = Qronos(correction=1.0, block=BLOCK, rounds=0, passes=0).solve(w, scheme, stats).weight.codes
     assert agreement(found, textbook(w, scheme, stats, parameters, is_first_free=True)[0]) > ALMOST_ALL
     # As the paper starts, its first column may be another; with the same first column all others are the same.
     codes, first = textbook(w, scheme, stats, parameters, is_first_free=False)
@@ -111,7 +111,7 @@ def test_a_known_change_of_the_input_is_undone() -> None:
     # x = A x̃, so G = A⁻¹ H and W* = W A⁻¹.
     change = torch.eye(48) + 0.3 * torch.randn(48, 48) / 48**0.5
     moved = Statistics(stats.hessian, torch.linalg.solve(change, stats.hessian))
-    weight = Qronos(damping=1e-6).solve(w, parse_scheme("int8-channel-f32"), moved).weight
+    weight = Qronos(correction=1.0, damping=1e-6).solve(w, parse_scheme("int8-channel-f32"), moved).weight
     expected = torch.linalg.solve(change, w, left=False)
     assert loss_of_outputs(w, weight, moved) < 1e-3 * float(((w - expected) @ stats.hessian * (w - expected)).sum())
 
@@ -123,7 +123,7 @@ def test_outputs_are_nearer_to_those_of_the_original_than_with_gptq(name: str) -
         w, stats = problem(8, 64, seed=seed)
         ours, theirs = (
             loss_of_outputs(w, each.solve(w, parse_scheme(name), stats).weight, stats)
-            for each in (Qronos(), Gptq(rounds=2, passes=2))
+            for each in (Qronos(correction=1.0), Gptq(rounds=2, passes=2))
         )
         shares.append(ours / theirs)
     assert sum(shares) / len(shares) < 0.95

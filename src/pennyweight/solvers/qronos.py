@@ -35,6 +35,7 @@ class Qronos:
     its aims are those least-squares solutions. Only its first column differs: it is rounded given all others as they
     are in W, here given all others free. H is damped in both places, which keeps W* at W where the inputs say nothing.
     `correction` is the part of the way from W to W* that is gone: with few calibration tokens a whole step fits noise.
+    On the demo model (int3-g128) three quarters gave 5 % less KL than the whole at 10 k tokens, and as much at 40 k.
     """
 
     damping: float = 0.01
@@ -42,7 +43,7 @@ class Qronos:
     fit: Fit = "search"
     rounds: int = 2
     passes: int = 2
-    correction: float = 1.0
+    correction: float = 0.75
     name: str = "qronos"
     needs: frozenset[Need] = frozenset({"hessian", "cross"})
 
