@@ -29,6 +29,13 @@ struct RoundBlock {
   Stored stored;
 };
 
+// A table of rising values: the nearest one to x is that after the last threshold below x.
+struct Table {
+  const float* values;      // [count], or null where there is no table
+  const float* thresholds;  // [count - 1]: the largest number that goes to the value before
+  std::size_t count;
+};
+
 // Groups of weights whose scales (and zeros) are searched; see pennyweight.schemes.fit.
 struct SearchGroups {
   const float* w;           // [groups, size]
@@ -42,8 +49,11 @@ struct SearchGroups {
   std::size_t importance_groups;
   float smallest;  // of the number format
   float largest;
-  float limit;  // largest magnitude of a scale
-  float tiny;   // the scale that stands for 0
+  float limit;           // largest magnitude of a scale
+  float tiny;            // the scale that stands for 0, before its parent
+  Table element;         // instead of the whole numbers from `smallest` to `largest`; without zeros only
+  Table scale;           // instead of `stored`
+  const float* parents;  // [groups]: of scales in a table; or null
   Stored stored;
 };
 

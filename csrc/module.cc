@@ -75,9 +75,18 @@ void round_block(Matrix targets, ConstMatrix weights, Matrix values, Matrix erro
 using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+// [2, count]: rising values, and the thresholds between them with one number more.
+pennyweight::Table table_of(const std::optional<ConstMatrix>& given) {
+  if (!given) return {nullptr, nullptr, 0};
+  if (given->shape(1) == 0) throw std::invalid_argument("a table of no values was given");
+  expect(*given, 2, given->shape(1), "table");
+  return {given->data(), given->data() + given->shape(1), given->shape(1)};
+}
+
 void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector scales, std::optional<Vector> zeros,
                    ConstMatrix factors, float smallest, float largest, float limit, float tiny, int stored,
-                   const std::string& kernels) {
+                   std::optional<ConstMatrix> element, std::optional<ConstMatrix> scale,
+                   std::optional<ConstVector> parents, const std::string& kernels) {
   const std::size_t groups = w.shape(0);
   const std::size_t size = w.shape(1);
   if (importance && (importance->shape(0) == 0 || importance->shape(1) != size)) {
@@ -86,6 +95,8 @@ void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector 
   if (scales.shape(0) != groups || (zeros && zeros->shape(0) != groups)) {
     throw std::invalid_argument("scales and zeros: one for each group is expected");
   }
+  if (parents && parents->shape(0) != groups) throw std::invalid_argument("parents: one for each group is expected");
+  if (element && zeros) throw std::invalid_argument("zeros: a table has none");
   expect(factors, factors.shape(0), zeros ? 2 : 1, "factors");
   if (stored < 0 || stored > 2) throw std::invalid_argument("stored: 0, 1 or 2 is expected");
   const pennyweight::Kernels& chosen = table(kernels);
@@ -102,6 +113,9 @@ void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector 
                                          largest,
                                          limit,
                                          tiny,
+                                         table_of(element),
+                                         table_of(scale),
+                                         parents ? parents->data() : nullptr,
                                          static_cast<pennyweight::Stored>(stored)};
   nb::gil_scoped_release release;
   chosen.search_groups(search);
@@ -178,7 +192,8 @@ NB_MODULE(_native, module) {
 
   module.def("search_groups", &search_groups, nb::arg("w"), nb::arg("importance").none(), nb::arg("scales"),
              nb::arg("zeros").none(), nb::arg("factors"), nb::arg("smallest"), nb::arg("largest"), nb::arg("limit"),
-             nb::arg("tiny"), nb::arg("stored"), nb::arg("kernels"),
+             nb::arg("tiny"), nb::arg("stored"), nb::arg("element").none(), nb::arg("scale").none(),
+             nb::arg("parents").none(), nb::arg("kernels"),
              "Search of scales for groups [groups, size]; see kernels.h. `scales` and `zeros` are written.");
 
   module.def("round_block", &round_block, nb::arg("targets"), nb::arg("weights"), nb::arg("values"), nb::arg("errors"),

@@ -49,9 +49,13 @@ def _search_groups(native: Any, table: str, groups: int, size: int, stored: int)
     for importance in (None, _matrix(1, size, step=0.01)):
         for zeros in (None, _matrix(groups, step=0.0)):
             scales, factors = _matrix(groups, step=0.0), _matrix(3, 1 if zeros is None else 2, step=0.1)
-            native.search_groups(w, importance, scales, zeros, factors, -8.0, 7.0, 1e30, 1e-30, stored, table)
+            more = (None, None, None)
+            native.search_groups(w, importance, scales, zeros, factors, -8.0, 7.0, 1e30, 1e-30, stored, *more, table)
             codes = memoryview(bytearray(groups * size)).cast("B", shape=[groups, size])
             native.encode_groups(w, scales, zeros, codes, -8.0, 7.0, table)
+        scales, factors = _matrix(groups, step=0.0), _matrix(3, 1, step=0.1)
+        more = (_matrix(2, 16, step=0.05), _matrix(2, 5, step=0.2), _matrix(groups, step=0.0))
+        native.search_groups(w, importance, scales, None, factors, -1.0, 1.0, 1e30, 1e-30, stored, *more, table)
     native.range_groups(w, _matrix(groups), _matrix(groups), table)
 
 

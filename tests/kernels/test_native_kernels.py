@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pennyweight.core.registry import provided
+from pennyweight.formats import NumberFormat
 from pennyweight.formats.integer import Int
 from pennyweight.kernels.feedback import Grid, _round_block, round_block_
-from pennyweight.kernels.native import VARIABLE, kernel_table, native
+from pennyweight.kernels.native import VARIABLE, kernel_table, native, table_of
 from pennyweight.schemes import fit_scales, parse_scheme
 from pennyweight.solvers.nearest import round_to_nearest
 
@@ -72,7 +74,21 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     "name",
-    ["int4-g128-bf16", "int2-g64-f16", "int3-g32-f32", "int4-g32-asym-f16", "int8-channel-f32", "uint4-g20-asym-f32"],
+    [
+        "int4-g128-bf16",
+        "int2-g64-f16",
+        "int3-g32-f32",
+        "int4-g32-asym-f16",
+        "int8-channel-f32",
+        "uint4-g20-asym-f32",
+        "nf4-g64-bf16",
+        "ternary-g20-f32",
+        "bal2-channel-f16",
+        "fp4_e2m1-g32-e8m0",
+        "fp4_e2m1-g16-fp8_e4m3.f32",
+        "int6-g16-int8x8.f16",
+        "nf4-tensor-f32",
+    ],
 )
 def test_the_native_search_is_as_good_as_its_twin(
     monkeypatch: pytest.MonkeyPatch, table: str, weighted: bool, name: str
@@ -92,6 +108,14 @@ def test_the_native_search_is_as_good_as_its_twin(
 
     # They may choose differently between candidates that are equal up to the order of the sums.
     assert loss(table) == pytest.approx(loss("torch"), rel=2e-3)
+
+
+@pytest.mark.parametrize("element", provided("formats").values(), ids=lambda element: str(element.name))
+def test_tables_round_as_their_formats_do(element: NumberFormat) -> None:
+    values, thresholds = table_of(element)
+    x = torch.cat([thresholds[:-1], torch.nextafter(thresholds[:-1], torch.tensor(torch.inf)), values])
+    x = torch.cat([x, torch.randn(1000) * element.largest])
+    assert torch.equal(values[torch.bucketize(x, thresholds[:-1])], element.nearest(x) + 0.0)
 
 
 def test_every_instruction_set_finds_the_same_scales(monkeypatch: pytest.MonkeyPatch) -> None:

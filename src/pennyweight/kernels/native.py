@@ -63,6 +63,17 @@ def kernel_table() -> str | None:
     return choice
 
 
+def table_of(element: NumberFormat) -> Tensor:
+    """float32 [2, count]: the values that `element` emits, rising, and for each but the last the largest float32 that
+    goes to it (the last column of that row stands for nothing)."""
+    values = element.decode(torch.arange(2**element.bits, dtype=torch.uint8))
+    values = values[values.isfinite() & (values >= element.smallest) & (values <= element.largest)].unique()  # type: ignore[no-untyped-call]
+    middles = ((values[:-1].double() + values[1:].double()) / 2).float()
+    goes_up = element.nearest(middles) > values[:-1]
+    thresholds = torch.where(goes_up, torch.nextafter(middles, torch.full_like(middles, -torch.inf)), middles)
+    return torch.stack([values, torch.cat([thresholds, values[-1:]])])
+
+
 def has_kernels(x: Tensor, element: NumberFormat) -> bool:
     """Whether the native kernels take `x` and this number format: integers, in the processor's memory."""
     return isinstance(element, Int) and x.device.type == "cpu" and native() is not None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pennyweight.formats import NumberFormat
+from pennyweight.formats.integer import Int
 from pennyweight.formats.minifloat import Minifloat
-from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native
+from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native, table_of
 from pennyweight.schemes.rounding import Stored, spread_of, stored_scales
 from pennyweight.schemes.scheme import Scheme
 
@@ -34,6 +35,8 @@ _ENDS = {
 _FLOATING = (2.0, 1.0, 24)
 # Above these bits the one value more on one side of zero no longer pays for trying both signs of the scale.
 _BITS_OF_BOTH_SIGNS = 4
+# The native search goes through all values of a table for each weight.
+_BITS_OF_TABLES = 4
 # Bounds on what nearly always ends earlier, because no group gains any more.
 _STEPS, _MOVES = 8, 3
 
@@ -108,8 +111,7 @@ def fit_groups(groups: Groups, *, is_searched: bool) -> Candidate:
     low, high = _range(groups)
     found = _minmax(groups, low, high)
     if is_searched:
-        is_native = has_kernels(groups.w, groups.scheme.element) and groups.scheme.is_plain
-        found = (_search_native if is_native else _search)(groups, found, low, high)
+        found = (_search_native if _has_native(groups) else _search)(groups, found, low, high)
     return _exact_where_constant(groups, found, low, high)
 
 
@@ -187,11 +189,23 @@ def _stepped(groups: Groups, c: Candidate, step: float) -> Candidate:
     return Candidate(c.scales, (c.shifts + step).clamp_(element.smallest, element.largest))
 
 
+def _has_native(groups: Groups) -> bool:
+    """Integers with plain parameters; without zero points and offsets also small tables, and scales that are codes."""
+    scheme = groups.scheme
+    if groups.w.device.type != "cpu" or native() is None or groups.scales.is_unsigned:
+        return False
+    is_integer = isinstance(scheme.element, Int)
+    if scheme.zero is not None or scheme.offset is not None:
+        return is_integer and scheme.is_plain
+    return is_integer or scheme.element.bits <= _BITS_OF_TABLES
+
+
 def _search_native(groups: Groups, first: Candidate, low: Tensor, high: Tensor) -> Candidate:
-    """The same as `_search` for integers and plain schemes, up to the order of sums."""
+    """The same as `_search`, up to the order of sums."""
     library = native()
     assert library is not None
     scheme = groups.scheme
+    stored, parents = groups.scales.spec, groups.scales.parents
     rows, count, size = groups.w.shape
     scales = first.scales.flatten().clone()
     zeros = None if first.shifts is None else first.shifts.flatten().clone()
@@ -204,8 +218,11 @@ def _search_native(groups: Groups, first: Candidate, low: Tensor, high: Tensor) 
         scheme.element.smallest,
         scheme.element.largest,
         groups.scales.limit,
-        float(groups.scales.smallest),
-        STORED[scheme.scale.torch_dtype],
+        float(replace(groups.scales, parents=None).smallest),
+        STORED[torch.float32 if stored.element is not None else stored.torch_dtype],
+        None if isinstance(scheme.element, Int) else table_of(scheme.element),
+        None if stored.element is None else table_of(stored.element),
+        None if parents is None else parents.expand(rows, count, 1).flatten(),
         kernel_table(),
     )
     shape = (rows, count, 1)
