@@ -16,6 +16,8 @@ from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.evaluate.verify import verify
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.records import BlockDone
+from pennyweight.train.finish import Recovery
+from pennyweight.train.recover import Settings
 from tests.pipeline import tiny
 from tests.pipeline.tiny import OPTIONS
 
@@ -89,6 +91,24 @@ def test_a_transform_changes_norms_and_says_which_folds(model: Path, tmp_path: P
     assert record["recipe"]["transform"] == "awq"
     folds = [line for block in range(3) for line in record["found"][f"block {block}"]["rescaled"]]
     assert any("input_layernorm.weight -> " in line for line in folds)
+
+
+def test_recovery_goes_on_from_the_norms_that_a_transform_has_left(model: Path, tmp_path: Path) -> None:
+    never = Settings(windows=120, rate=0.0, held_out=2, checks=1)
+    tiny.run(model, tmp_path / "plain", STEPS["awq"])
+    tiny.run(model, tmp_path / "out", STEPS["awq"], finish=Recovery(never))
+    plain, now = _tensors(tmp_path / "plain"), _tensors(tmp_path / "out")
+    assert all(torch.equal(now[name], plain[name]) for name in plain)
+    tiny.run(model, tmp_path / "trained", STEPS["awq"], finish=Recovery(replace(never, rate=1e-3)))
+    before, after = (_found(tmp_path / name) for name in ("out", "trained"))
+    assert after["held_out_before"] == before["held_out_before"]
+    assert after["held_out_after"] < after["held_out_before"]
+
+
+def _found(directory: Path) -> dict[str, float]:
+    record = json.loads((directory / "pennyweight.json").read_text())
+    found: dict[str, float] = record["found"]["finish"]
+    return found
 
 
 def test_refining_lowers_the_error_of_the_blocks_outputs(model: Path, tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ class StreamedModel:
         self, block: nn.Module, index: int, stream: Stream, batch: int, weights: Mapping[str, Tensor]
     ) -> Tensor:
         """The same with `weights` (site -> [out, in]) in place of the block's own, and differentiable in them."""
-        with Intercept(load=self._load), Substituted(self._parameters_with(weights)):
+        values = self._parameters_with(weights)
+        with Intercept(load=self._load), Substituted(values, is_narrow=self.calibrates_in_bfloat16):
             return self._call(block, index, stream, batch)
 
     def _parameters_with(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:

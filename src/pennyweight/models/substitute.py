@@ -13,15 +13,19 @@ class Substituted(TorchFunctionMode):
     """While active in a thread: `values[id(parameter)]` stands wherever that parameter is given to a torch function.
 
     It belongs to the thread, so that several may run one module with different values at the same time. Modes around it
-    see the values.
+    see the values. With `is_narrow` linear maps with such a value are computed in bfloat16, as calibration computes them.
     """
 
-    def __init__(self, values: Mapping[int, Tensor]) -> None:
+    def __init__(self, values: Mapping[int, Tensor], *, is_narrow: bool = False) -> None:
         super().__init__()
         self._values = values
+        self._is_narrow = is_narrow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*self._replaced(args), **self._replaced(kwargs or {}))
+        replaced, kwargs = self._replaced(args), self._replaced(kwargs or {})
+        if self._is_narrow and func is nn.functional.linear and len(args) > 1 and id(args[1]) in self._values:
+            return _narrow_linear(*replaced, **kwargs)
+        return func(*replaced, **kwargs)
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
@@ -31,3 +35,8 @@ class Substituted(TorchFunctionMode):
         if type(value) is dict:
             return {key: self._replaced(item) for key, item in value.items()}
         return value
+
+
+def _narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = nn.functional.linear(x.bfloat16(), weight.bfloat16()).float()
+    return out if bias is None else out + bias

@@ -22,6 +22,7 @@ from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.prepare import Job, calibration_windows
+from pennyweight.pipeline.written import WrittenCheckpoint
 from pennyweight.train.recover import Recovered, Settings, Step, recover
 
 # New values on their way into the weight files: there whole or not at all.
@@ -57,7 +58,27 @@ class Recovery:
         original = StreamedModel(job.model.path, trust_remote_code=options.trust_remote_code, device=options.device)
         weights = {site.name: output.read(site) for site in _sites(job)}
         with tempfile.TemporaryDirectory(dir=scratch) as teacher:
-            return recover(job.model, original, weights, windows, Path(teacher), settings=self.settings, tell=self.tell)
+            return recover(
+                _as_written(job, output),
+                original,
+                weights,
+                windows,
+                Path(teacher),
+                settings=self.settings,
+                tell=self.tell,
+            )
+
+
+def _as_written(job: Job, output: Output) -> StreamedModel:
+    """The model with norms and biases as a transform may have left them."""
+    vectors = {
+        name for name in output.kept_tensors(job.model.sites) if len(job.model.checkpoint.tensors[name].shape) < 2
+    }
+    checkpoint = WrittenCheckpoint(job.model.checkpoint, output.files, frozenset(vectors))
+    options = job.options
+    return StreamedModel(
+        job.model.path, trust_remote_code=options.trust_remote_code, device=options.device, checkpoint=checkpoint
+    )
 
 
 def _sites(job: Job) -> list[Site]:
