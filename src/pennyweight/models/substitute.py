@@ -13,7 +13,7 @@ class Substituted(TorchFunctionMode):
     """While active in a thread: `values[id(parameter)]` stands wherever that parameter is given to a torch function.
 
     It belongs to the thread, so that several may run one module with different values at the same time. Modes around it
-    see the values. With `is_narrow` linear maps with such a value are computed in bfloat16, as calibration computes them.
+    see the values. With `is_narrow` linear maps with such a value are computed in bfloat16, as in calibration.
     """
 
     def __init__(self, values: Mapping[int, Tensor], *, is_narrow: bool = False) -> None:
