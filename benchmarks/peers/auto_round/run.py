@@ -12,6 +12,7 @@ from benchmarks.peers import common  # isort: skip - sets the environment before
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def quantize(arguments: argparse.Namespace, clock: common.Clock) -> dict[str, An
         model = common.load_model(arguments.model, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         windows = load_file(arguments.tokens)["input_ids"]
-    scheme = arguments.scheme
+    scheme, dtype = arguments.scheme, model.dtype
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in common.linear_widths(model)}
     in_float = common.indivisible({name: shape[1] for name, shape in shapes.items()}, scheme)
     with clock.phase("quantize"):
@@ -45,25 +46,29 @@ def quantize(arguments: argparse.Namespace, clock: common.Clock) -> dict[str, An
             dataset=[window[None] for window in windows],
             nsamples=len(windows),
             seqlen=windows.shape[1],
-            scale_dtype=_SHORT[str(model.dtype)],
+            scale_dtype=_SHORT[str(dtype)],
             device_map="cpu",
         )
-        tuner.quantize_and_save(str(arguments.out), format="fake")
-    make_plain(arguments.out)
-    scale_bits = 8 * model.dtype.itemsize
+        _, folders = tuner.quantize_and_save(str(arguments.out), format="fake")
+    make_plain(Path(folders[0] if isinstance(folders, list) else folders), arguments.out)
     common.write_storage(
         arguments.out,
         {
-            f"{name}.weight": scheme.storage_bytes(*shape, scale_bits=scale_bits)
+            f"{name}.weight": scheme.storage_bytes(*shape, scale_bits=8 * dtype.itemsize)
             for name, shape in shapes.items()
             if name not in in_float
         },
     )
+    # The library casts the model to the type it computes in.
     return {"dtype": str(model.dtype).removeprefix("torch."), "left_in_float": in_float}
 
 
-def make_plain(out: Path) -> None:
-    """Drop what makes readers look for packed weights, which the format "fake" does not write."""
+def make_plain(folder: Path, out: Path) -> None:
+    """Move what was saved up to `out`, without what makes readers look for packed weights: there are none."""
+    for file in list(folder.iterdir()) if folder != out else []:
+        shutil.move(file, out / file.name)
+    if folder != out:
+        folder.rmdir()
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

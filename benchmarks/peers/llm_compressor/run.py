@@ -3,6 +3,9 @@
 Everything not on the command line is the library's default: checkpoint dtype, min-max scales; GPTQ with 1 % damping and
 columns in blocks of 128; AWQ with 20 grid points, scaled by activations and weights, and then rounding to nearest;
 sequential calibration. The output head stays in float. The artefact is packed (compressed-tensors).
+
+Without an accelerator AWQ 0.14 stops because it pins memory for one; the runner leaves the pinning out, which changes
+no number.
 """
 
 from __future__ import annotations
@@ -41,7 +44,19 @@ def make_recipe(scheme: common.WeightScheme, *, solver: str, ignore: list[str]) 
     if solver == "gptq":
         return [GPTQModifier(**options)]
     nearest = QuantizationModifier(**options)
-    return [AWQModifier(), nearest] if solver == "awq" else [nearest]
+    if solver == "nearest":
+        return [nearest]
+    leave_memory_unpinned()
+    return [AWQModifier(), nearest]
+
+
+def leave_memory_unpinned() -> None:
+    """Where there is no accelerator there is nothing to pin memory for."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *arguments: None
 
 
 def calibration_loader(tokens: Path) -> DataLoader[dict[str, Any]]:
