@@ -24,8 +24,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     hints = get_type_hints(Options)
     for field in dataclasses.fields(Options):
-        kind = int if hints[field.name] is int else str
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS)
+        option, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
+        if hint is bool:
+            parser.add_argument(option, action="store_true", default=argparse.SUPPRESS)
+        else:
+            parser.add_argument(option, type=hint if hint in (int, float) else str, default=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -1,7 +1,8 @@
 """The quality table: what every width costs with every recipe of ours, beside the tools that people use today.
 
     python -m benchmarks.quality [--models demo,stories260K,minilm] [--settings symmetric,asymmetric]
-                                 [--widths int4-g128] [--quick] [--no-peers] [--data DIR] [--out FILE]
+                                 [--widths int4-g128,int3-g128] [--tools pennyweight,auto-round] [--quick]
+                                 [--data DIR] [--out FILE]
 
 Every run is a process of its own, measured from start to end. Each artefact is judged window by window against its
 original, so that two of them are compared in pairs: differences have a standard error over the same windows. Peers get
@@ -22,7 +23,7 @@ from typing import Any
 from benchmarks.judges import Score, paired
 from benchmarks.peer_tools import AUTO_ROUND, PEERS
 from benchmarks.quality_tables import as_markdown, legend, summary
-from benchmarks.recipes import SETTINGS, Recipe, Setting
+from benchmarks.recipes import OURS, SETTINGS, Recipe, Setting
 from benchmarks.results_file import ROOT, cache, circumstances, heading, note, save
 from benchmarks.rows import Row, Tokens, calibration_tokens, make_row
 from benchmarks.subjects import SUBJECTS, Subject
@@ -33,6 +34,7 @@ from pennyweight.schemes import parse_scheme
 _LARGEST_LOSS_AT_8_BITS = 1e-3
 # Differences count from so many standard errors on.
 _ERRORS = 2.0
+TOOLS = (OURS, *PEERS)
 # What --quick shows.
 _QUICK = {"models": "demo", "settings": "symmetric", "widths": "int4-g128"}
 
@@ -130,14 +132,14 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="the shipped model in int4-g128, symmetric; AutoRound only if a result of it is kept",
     )
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also run the peers")
+    parser.add_argument("--tools", help=f"with commas between (default: {','.join(TOOLS)})")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="models and texts not ours")
     parser.add_argument(
         "--out", type=Path, help="JSON to write, .md beside it (default: benchmarks/results/quality.json)"
     )
     arguments = parser.parse_args()
-    for name, known in (("models", SUBJECTS), ("settings", SETTINGS), ("widths", None)):
-        chosen = getattr(arguments, name) or (_QUICK[name] if arguments.quick else None)
+    for name, known in (("models", SUBJECTS), ("settings", SETTINGS), ("tools", TOOLS), ("widths", None)):
+        chosen = getattr(arguments, name) or (_QUICK.get(name) if arguments.quick else None)
         words = list(known or ()) if chosen is None else [word for word in chosen.split(",") if word]
         if known is not None and (unknown := sorted(set(words) - set(known))):
             parser.error(f"--{name}: {', '.join(unknown)} is none of {', '.join(known)}")
@@ -145,33 +147,55 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def _left_out(tools: Sequence[str]) -> dict[str, str]:
+    """The tools that will not be run, and why."""
+    asked = {tool: None if tool in tools else "left out by --tools" for tool in TOOLS}
+    reasons = {tool: reason or (PEERS[tool].why_not() if tool in PEERS else None) for tool, reason in asked.items()}
+    return {tool: reason for tool, reason in reasons.items() if reason is not None}
+
+
+@dataclass
+class Results:
+    """What goes into the result, in the order of the models; `skipped`: tool or model -> why it is not there."""
+
+    skipped: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)
+    targets: list[Finding] = field(default_factory=list)
+
+
+def measure_all(arguments: argparse.Namespace, scratch: Path) -> Results:
+    """Measure every model that was asked for and is there."""
+    absent = _left_out(arguments.tools)
+    results = Results(dict(absent))
+    bench = Bench(arguments.settings, arguments.widths, absent, arguments.quick, scratch)
+    for name in arguments.models:
+        note(f"{name}:")
+        subject = SUBJECTS[name](arguments.data, scratch)
+        if isinstance(subject, str):
+            results.skipped[name] = subject
+            note(f"  skipped: {subject}")
+            continue
+        rows = bench.measure_subject(subject)
+        results.rows += rows
+        results.sections.append(as_markdown(subject, rows))
+        if name == TARGET_MODEL:
+            results.targets += findings(bench.scores)
+    return results
+
+
 def main() -> None:
     """Measure, print, save."""
     arguments = parse_arguments()
     facts: dict[str, Any] = circumstances("benchmarks.quality")
-    absent = {tool: peer.why_not() if arguments.peers else "left out by --no-peers" for tool, peer in PEERS.items()}
-    skipped = {tool: reason for tool, reason in absent.items() if reason is not None}
-    versions = {tool: peer.versions() for tool, peer in PEERS.items() if tool not in skipped}
-    rows: list[Row] = []
-    found: list[Finding] = []
-    sections: list[str] = []
     with tempfile.TemporaryDirectory(dir=cache(), prefix="quality-") as scratch:
-        bench = Bench(arguments.settings, arguments.widths, dict(skipped), arguments.quick, Path(scratch))
-        for name in arguments.models:
-            note(f"{name}:")
-            subject = SUBJECTS[name](arguments.data, Path(scratch))
-            if isinstance(subject, str):
-                skipped[name] = subject
-                note(f"  skipped: {subject}")
-                continue
-            made = bench.measure_subject(subject)
-            rows.extend(made)
-            sections.append(as_markdown(subject, made))
-            found += findings(bench.scores) if name == TARGET_MODEL else []
-    notes = [f"- {name}: skipped: {reason}" for name, reason in skipped.items()]
-    markdown = "\n".join([heading("Quality", facts), summary(found), *sections, *legend(versions), *notes, ""])
-    content = {**facts, "peers": versions, "skipped": skipped, "targets": found, "rows": rows}
-    save("quality", content, markdown, out=arguments.out)
+        results = measure_all(arguments, Path(scratch))
+    versions = {tool: peer.versions() for tool, peer in PEERS.items() if tool not in results.skipped}
+    notes = [f"- {name}: skipped: {reason}" for name, reason in results.skipped.items()]
+    parts = [heading("Quality", facts), summary(results.targets), *results.sections, *legend(versions), *notes, ""]
+    content = {**facts, "peers": versions, "skipped": results.skipped}
+    content |= {"targets": results.targets, "rows": results.rows}
+    save("quality", content, "\n".join(parts), out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ SETTINGS = {
             peer_suffix="-offset",
             is_dense=True,
         ),
-        Setting("recovery", "recovery on the same codes, symmetric", (GPTQ, RECOVERED), GPTQ, is_dense=True),
+        Setting("recovery", "recovery on the same codes, symmetric", (GPTQ, RECOVERED), GPTQ),
         Setting(
             "recovery-offset",
             "recovery on the same codes, asymmetric, scale and offset in float16",
