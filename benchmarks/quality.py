@@ -73,11 +73,11 @@ class Bench:
         return list(made.values())
 
     def _recipes(self, subject: Subject, setting: Setting, width: str, tokens: Tokens) -> Iterator[Recipe]:
+        bits = parse_scheme(width).element.bits
         for recipe in setting.recipes:
-            if recipe.tool in self.absent:
+            if recipe.tool in self.absent or bits > recipe.most_bits:
                 continue
             if recipe.tool == AUTO_ROUND.tool and self.is_quick:
-                # It takes longer than all others together.
                 scheme = setting.scheme(width, recipe)
                 if not AUTO_ROUND.is_kept(subject.path, scheme=scheme, solver=recipe.name, tokens=tokens.path):
                     note(f"  {setting.name} {width} {recipe}: left out by --quick, as no result of it is kept")

@@ -19,12 +19,14 @@ class Recipe:
     name        of the solver or effort; a peer's runner knows it by this name
     needs_data  it is given the calibration text
     options     what our command is given beside the scheme
+    most_bits   widths above are left out
     """
 
     tool: str
     name: str
     needs_data: bool
     options: tuple[str, ...] = ()
+    most_bits: int = 8
 
     @property
     def is_ours(self) -> bool:
@@ -46,7 +48,8 @@ RECOVERED = Recipe(OURS, "gptq, recovered", needs_data=True, options=("--solver"
 PEER_NEAREST = Recipe("llm-compressor", "nearest", needs_data=False)
 PEER_GPTQ = Recipe("llm-compressor", "gptq", needs_data=True)
 PEER_AWQ = Recipe("llm-compressor", "awq", needs_data=True)
-AUTO_ROUND = Recipe("auto-round", "auto-round", needs_data=True)
+# It takes longer than all others together, and at 8 bits there is nothing to tune.
+AUTO_ROUND = Recipe("auto-round", "auto-round", needs_data=True, most_bits=4)
 HQQ = Recipe("hqq", "hqq", needs_data=False)
 HQQ_MINMAX = Recipe("hqq", "minmax", needs_data=False)
 
