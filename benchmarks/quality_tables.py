@@ -88,7 +88,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         if row.refused is not None:
             said[f"{row.width}, {row.tool} {row.recipe}: {row.refused}"] = None
         if left := row.notes.get("left_in_float"):
-            said[f"{row.width}, {row.tool}: {len(left)} weights left in float, as the groups do not divide them"] = None
+            said[f"{row.width}, {row.tool}: {len(left)} weights left in float, as it does not take their shapes"] = None
         for kind in ("changed", "kept"):
             reasons = list(row.notes.get(kind, {}).values())
             said.update({f"{row.scheme}, {reasons.count(reason)} sites: {reason}": None for reason in reasons})

@@ -3,7 +3,8 @@
 Everything not on the command line is the library's default: 200 iterations a block of signed gradient descent on the
 rounding and on the ranges, learning rate 1/200, 8 windows a step, each block fed by the quantized blocks before it, the
 parameters of the lowest loss kept. Scales take the checkpoint's type (the default is float16, of the same size). The
-output head stays in float. The artefact is dense (the library's format "fake"): the weights as it decodes them.
+output head stays in float. The artefact is dense: the weights as the library decodes them, in the type it computes in
+(bfloat16 on a processor that has it). Its own format "fake" is not used: 0.16.1 was seen to save the original there.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 from benchmarks.peers import common  # isort: skip - sets the environment before any library is imported
 
 import argparse
-import json
-import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGES = ("auto-round", "transformers", "torch")
 SOLVERS = {"auto-round": True}
@@ -48,30 +49,42 @@ def quantize(arguments: argparse.Namespace, clock: common.Clock) -> dict[str, An
             seqlen=windows.shape[1],
             scale_dtype=_SHORT[str(dtype)],
             device_map="cpu",
+            # Otherwise finished blocks go to disk, and the model that is left has the original's.
+            low_cpu_mem_usage=False,
         )
-        _, folders = tuner.quantize_and_save(str(arguments.out), format="fake")
-    make_plain(Path(folders[0] if isinstance(folders, list) else folders), arguments.out)
+        originals = {name: model.get_submodule(name).weight.detach().clone() for name in shapes}
+        tuned, _ = tuner.quantize()
+    quantized = quantized_linears(tuned, originals)
+    with clock.phase("save"):
+        tuned.save_pretrained(arguments.out)
+        tokenizer.save_pretrained(arguments.out)
     common.write_storage(
         arguments.out,
         {
             f"{name}.weight": scheme.storage_bytes(*shape, scale_bits=8 * dtype.itemsize)
             for name, shape in shapes.items()
-            if name not in in_float
+            if name in quantized
         },
     )
-    # The library casts the model to the type it computes in.
-    return {"dtype": str(model.dtype).removeprefix("torch."), "left_in_float": in_float}
+    return {
+        # The library casts the model to the type it computes in.
+        "dtype": str(tuned.dtype).removeprefix("torch."),
+        "left_in_float": [name for name in shapes if name not in quantized],
+    }
 
 
-def make_plain(folder: Path, out: Path) -> None:
-    """Move what was saved up to `out`, without what makes readers look for packed weights: there are none."""
-    for file in list(folder.iterdir()) if folder != out else []:
-        shutil.move(file, out / file.name)
-    if folder != out:
-        folder.rmdir()
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def quantized_linears(tuned: Any, originals: dict[str, Tensor]) -> list[str]:
+    """Those that have a scale now; the library leaves others, of widths that 32 does not divide, in float.
+
+    Raises RuntimeError where there is none, or where one is still the original's: a copy of it was quantized then.
+    """
+    found = [name for name in originals if getattr(tuned.get_submodule(name), "scale", None) is not None]
+    same = [name for name in found if tuned.get_submodule(name).weight.float().equal(originals[name].float())]
+    if same or not found:
+        raise RuntimeError(
+            f"AutoRound quantized {len(found)} weights, {len(same)} of them are as they were: {same[:1]}"
+        )
+    return found
 
 
 if __name__ == "__main__":
