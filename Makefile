@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
-PEER := .venvs/llm-compressor
+PEERS := llm-compressor auto-round hqq
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "Pennyweight needs Python 3.11 or later, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12" >&2; exit 1; }
@@ -51,7 +51,7 @@ sanitize: $(VENV)/.installed
 bench: $(VENV)/.developer
 	$(BIN)/python -m benchmarks.quality
 
-peers: $(PEER)/.installed
+peers: $(PEERS:%=.venvs/%/.installed)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -75,10 +75,14 @@ $(VENV)/.developer: $(BUILD_INPUTS) | $(BIN)/python
 	$(PIP_INSTALL) --editable ".[test,lint]"
 	@touch $(VENV)/.installed $@
 
-$(PEER)/.installed: benchmarks/peers/llm_compressor/requirements.txt
-	@$(CHECK_PYTHON)
-	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/python -m pip install --quiet --upgrade pip
-	$(PEER)/bin/python -m pip install --quiet "torch==2.13.0"
-	$(PEER)/bin/python -m pip install --quiet --requirement $<
-	@touch $@
+# Each peer has versions of its own of everything but torch.
+define PEER_ENVIRONMENT
+.venvs/$(1)/.installed: benchmarks/peers/$(subst -,_,$(1))/requirements.txt
+	@$$(CHECK_PYTHON)
+	$$(PYTHON) -m venv .venvs/$(1)
+	.venvs/$(1)/bin/python -m pip install --quiet --upgrade pip
+	.venvs/$(1)/bin/python -m pip install --quiet "torch==2.13.0"
+	.venvs/$(1)/bin/python -m pip install --quiet --requirement $$<
+	@touch $$@
+endef
+$(foreach peer,$(PEERS),$(eval $(call PEER_ENVIRONMENT,$(peer))))

@@ -14,12 +14,24 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks.dense import stored_bytes
 from pennyweight.evaluate.compare import compare, evaluation_windows, mean_and_error
 from pennyweight.models import text
+from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.sizes import tensor_bytes, weight_count
+from pennyweight.pipeline.sizes import weight_count
 
 _BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """bpw        8 x bytes of all tensors / weights of the original
+    bpw_sites  the same of the quantized weights alone, scales and zero points included
+    """
+
+    bpw: float
+    bpw_sites: float
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Score:
 
     losses: Sequence[float]
     other: dict[str, float]
-    bpw: float
+    sizes: Sizes
 
     @property
     def mean_and_error(self) -> tuple[float, float]:
@@ -45,9 +57,9 @@ class Judge(Protocol):
     def score(self, artefact: Path) -> Score: ...
 
 
-def paired(one: Score, other: Score) -> tuple[float, float]:
-    """Mean of the differences one - other over the same windows, and its standard error."""
-    return mean_and_error([a - b for a, b in zip(one.losses, other.losses, strict=True)])
+def paired(one: Score, other: Score, *, factor: float = 1.0) -> tuple[float, float]:
+    """Mean of the differences one - factor * other over the same windows, and its standard error."""
+    return mean_and_error([a - factor * b for a, b in zip(one.losses, other.losses, strict=True)])
 
 
 class DecoderJudge:
@@ -71,7 +83,7 @@ class DecoderJudge:
             "perplexity": math.exp(min(nats, 700.0)),
             "top1": sum(score.agreements for score in scores) / tokens,
         }
-        return Score([score.kl / score.tokens for score in scores], other, _bpw(candidate, self._model))
+        return Score([score.kl / score.tokens for score in scores], other, measure_sizes(candidate, self._model))
 
 
 class SentenceJudge:
@@ -100,7 +112,7 @@ class SentenceJudge:
         candidate = StreamedModel(artefact)
         embeddings = self._embed(candidate)
         losses = 1 - (embeddings * self._embeddings).sum(1)
-        return Score(losses.tolist(), {"spearman": self._spearman(embeddings)}, _bpw(candidate, self._model))
+        return Score(losses.tolist(), {"spearman": self._spearman(embeddings)}, measure_sizes(candidate, self._model))
 
     def _embed(self, model: StreamedModel) -> Tensor:
         """Unit vectors float64 [sentences, width]."""
@@ -143,5 +155,12 @@ def _by_length(sentences: Sequence[str], model: Path) -> tuple[list[Tensor], Ten
     return batches, torch.tensor(order)
 
 
-def _bpw(candidate: StreamedModel, reference: StreamedModel) -> float:
-    return 8 * tensor_bytes(candidate) / weight_count(reference)
+def measure_sizes(candidate: StreamedModel, reference: StreamedModel) -> Sizes:
+    """Sizes of an artefact, packed or dense; a dense one says itself what its weights would take packed."""
+    held, original = open_checkpoint(candidate.path).tensors, reference.checkpoint.tensors
+    stored = stored_bytes(candidate.path)
+    sizes = {name: stored.get(name, info.size_bytes) for name, info in held.items()}
+    of_sites = sum(size for name, size in sizes.items() if name in stored or name not in original)
+    replaced = [info.shape for name, info in original.items() if name in stored or name not in held]
+    weights_of_sites = sum(math.prod(shape) for shape in replaced if len(shape) > 1)
+    return Sizes(8 * sum(sizes.values()) / weight_count(reference), 8 * of_sites / max(1, weights_of_sites))

