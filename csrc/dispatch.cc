@@ -26,7 +26,8 @@ std::size_t kernel_tables(const Kernels** tables) {
   std::size_t count = 0;
 #if defined(PENNYWEIGHT_X86_KERNELS)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw")) {
     tables[count++] = &kAvx512Kernels;
   }
   if (__builtin_cpu_supports("avx2")) tables[count++] = &kAvx2Kernels;

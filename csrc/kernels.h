@@ -49,7 +49,8 @@ struct SearchGroups {
 
 // Groups of weights that are rounded to the nearest value of their grid.
 struct EncodeGroups {
-  const float* w;       // [groups, size]
+  const void* w;        // [groups, size], float32 or bfloat16
+  bool is_bfloat16;
   const float* scales;  // [groups]; never zero
   const float* zeros;   // [groups], or null
   std::uint8_t* codes;  // [groups, size], out: value - smallest
@@ -61,10 +62,13 @@ struct EncodeGroups {
 
 struct Kernels {
   const char* name;
-  // Smallest and largest of each group [size], written to `low` and `high` [groups].
-  void (*range_groups)(const float* w, std::size_t groups, std::size_t size, float* low, float* high);
+  // Smallest and largest of each group [size] of float32 or bfloat16, written to `low` and `high` [groups].
+  void (*range_groups)(const void* w, bool is_bfloat16, std::size_t groups, std::size_t size, float* low, float* high);
   // The twin in torch is pennyweight.solvers.nearest._encode.
   void (*encode_groups)(const EncodeGroups& groups);
+  // Two codes below 16 a byte, the first one low, for a little-endian processor; `codes` has twice as many `bytes`. The
+  // twin in torch is pennyweight.kernels.packing._fold.
+  void (*pack_nibbles)(const std::uint8_t* codes, std::size_t bytes, std::uint8_t* packed);
   // The search of fit_scales with its least-squares steps. The twin in torch is pennyweight.schemes.fit._search.
   void (*search_groups)(const SearchGroups& groups);
   // GPTQ within one block, last column first: round, decode, add the error times a row of `lower` to the targets of the

@@ -106,7 +106,16 @@ void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector 
   chosen.search_groups(search);
 }
 
-void range_groups(ConstMatrix w, Vector low, Vector high, const std::string& kernels) {
+// float32, or bfloat16 given as uint16.
+using Weights = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+bool is_bfloat16(const Weights& w) {
+  if (w.dtype() == nb::dtype<float>()) return false;
+  if (w.dtype() == nb::dtype<std::uint16_t>()) return true;
+  throw std::invalid_argument("w: float32, or bfloat16 as uint16, is expected");
+}
+
+void range_groups(Weights w, Vector low, Vector high, const std::string& kernels) {
   const std::size_t groups = w.shape(0);
   const std::size_t size = w.shape(1);
   if (low.shape(0) != groups || high.shape(0) != groups) {
@@ -114,16 +123,17 @@ void range_groups(ConstMatrix w, Vector low, Vector high, const std::string& ker
   }
   if (size == 0) throw std::invalid_argument("w: groups of at least one weight are expected");
   const pennyweight::Kernels& chosen = table(kernels);
-  const float* weights = w.data();
+  const bool narrow = is_bfloat16(w);
+  const void* weights = w.data();
   float* least = low.data();
   float* most = high.data();
   nb::gil_scoped_release release;
-  chosen.range_groups(weights, groups, size, least, most);
+  chosen.range_groups(weights, narrow, groups, size, least, most);
 }
 
 using Codes = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-void encode_groups(ConstMatrix w, ConstVector scales, std::optional<ConstVector> zeros, Codes codes, float smallest,
+void encode_groups(Weights w, ConstVector scales, std::optional<ConstVector> zeros, Codes codes, float smallest,
                    float largest, const std::string& kernels) {
   const std::size_t groups = w.shape(0);
   const std::size_t size = w.shape(1);
@@ -135,10 +145,24 @@ void encode_groups(ConstMatrix w, ConstVector scales, std::optional<ConstVector>
     throw std::invalid_argument("smallest and largest: at most 256 values are expected");
   }
   const pennyweight::Kernels& chosen = table(kernels);
-  const pennyweight::EncodeGroups encode{
-      w.data(), scales.data(), zeros ? zeros->data() : nullptr, codes.data(), groups, size, smallest, largest};
+  const pennyweight::EncodeGroups encode{w.data(),     is_bfloat16(w), scales.data(), zeros ? zeros->data() : nullptr,
+                                         codes.data(), groups,         size,          smallest,
+                                         largest};
   nb::gil_scoped_release release;
   chosen.encode_groups(encode);
+}
+
+using Bytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void pack_nibbles(ConstBytes codes, Bytes packed, const std::string& kernels) {
+  const std::size_t bytes = packed.shape(0);
+  if (codes.shape(0) != 2 * bytes) throw std::invalid_argument("codes: two for each byte are expected");
+  const pennyweight::Kernels& chosen = table(kernels);
+  const std::uint8_t* from = codes.data();
+  std::uint8_t* to = packed.data();
+  nb::gil_scoped_release release;
+  chosen.pack_nibbles(from, bytes, to);
 }
 
 }  // namespace
@@ -169,11 +193,14 @@ NB_MODULE(_native, module) {
       "Names of the kernel tables that this processor can run, best first.");
 
   module.def("range_groups", &range_groups, nb::arg("w"), nb::arg("low"), nb::arg("high"), nb::arg("kernels"),
-             "Smallest and largest of groups [groups, size]; `low` and `high` are written.");
+             "Smallest and largest of groups [groups, size], float32 or bfloat16 as uint16; `low` and `high` are written.");
 
   module.def("encode_groups", &encode_groups, nb::arg("w"), nb::arg("scales"), nb::arg("zeros").none(),
              nb::arg("codes"), nb::arg("smallest"), nb::arg("largest"), nb::arg("kernels"),
-             "Nearest codes of groups [groups, size]; `codes` are written.");
+             "Nearest codes of groups [groups, size], float32 or bfloat16 as uint16; `codes` are written.");
+
+  module.def("pack_nibbles", &pack_nibbles, nb::arg("codes"), nb::arg("packed"), nb::arg("kernels"),
+             "Two codes below 16 a byte, the first one low; `packed` is written.");
 
   module.def("search_groups", &search_groups, nb::arg("w"), nb::arg("importance").none(), nb::arg("scales"),
              nb::arg("zeros").none(), nb::arg("factors"), nb::arg("smallest"), nb::arg("largest"), nb::arg("limit"),

@@ -52,7 +52,12 @@ def _search_groups(native: Any, table: str, groups: int, size: int, stored: int)
             native.search_groups(w, importance, scales, zeros, factors, -8.0, 7.0, 1e30, 1e-30, stored, table)
             codes = memoryview(bytearray(groups * size)).cast("B", shape=[groups, size])
             native.encode_groups(w, scales, zeros, codes, -8.0, 7.0, table)
-    native.range_groups(w, _matrix(groups), _matrix(groups), table)
+    halves = memoryview(bytearray(2 * groups * size)).cast("B").cast("H", shape=[groups, size])
+    scales = _matrix(groups, step=0.0)
+    for weights in (w, halves):
+        native.range_groups(weights, _matrix(groups), _matrix(groups), table)
+        native.encode_groups(weights, scales, None, codes, -8.0, 7.0, table)
+    native.pack_nibbles(memoryview(bytearray(2 * size)), memoryview(bytearray(size)), table)
 
 
 if __name__ == "__main__":

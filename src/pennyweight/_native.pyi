@@ -13,6 +13,7 @@ def encode_groups(
     largest: float,
     kernels: str,
 ) -> None: ...
+def pack_nibbles(codes: Tensor, packed: Tensor, kernels: str) -> None: ...
 def search_groups(
     w: Tensor,
     importance: Tensor | None,

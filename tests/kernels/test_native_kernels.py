@@ -9,6 +9,7 @@ from torch import Tensor
 from pennyweight.formats.integer import Int
 from pennyweight.kernels.feedback import Grid, _round_block, round_block_
 from pennyweight.kernels.native import VARIABLE, kernel_table, native
+from pennyweight.kernels.packing import pack_int32
 from pennyweight.schemes import fit_scales, parse_scheme
 from pennyweight.solvers.nearest import round_to_nearest
 
@@ -108,21 +109,37 @@ def test_every_instruction_set_finds_the_same_scales(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "name", ["int4-g128-bf16", "int2-g3-f32", "uint8-channel-f32", "int3-g32-asym-f16", "int8-tensor-f32"]
+    "name",
+    ["int4-g128-bf16", "int2-g3-f32", "int4-g48-f32", "uint8-channel-f32", "int3-g32-asym-f16", "int8-tensor-f32"],
 )
-def test_native_codes_and_ranges_equal_their_twins(monkeypatch: pytest.MonkeyPatch, table: str, name: str) -> None:
+def test_native_codes_and_ranges_equal_their_twins(
+    monkeypatch: pytest.MonkeyPatch, table: str, kept: torch.dtype, name: str
+) -> None:
     scheme = parse_scheme(name)
     w = torch.randn(37, 384, generator=torch.Generator().manual_seed(3))
     w[0], w[1, :128], w[2, 5], w[3] = 0.0, 3.5, 1e30, w[3] * 1e-30
+    w = w.clamp(-6e4, 6e4).to(kept)
     found = []
-    for choice in (table, "torch"):
+    # The twin works on float32, which holds all of them exactly.
+    for choice, given in ((table, w), ("torch", w.float())):
         monkeypatch.setenv(VARIABLE, choice)
-        scales, zeros = fit_scales(w, scheme, fit="minmax")
-        found.append((scales, zeros, round_to_nearest(w, scheme, scales, zeros).codes))
+        scales, zeros = fit_scales(given, scheme, fit="minmax")
+        found.append((scales, zeros, round_to_nearest(given, scheme, scales, zeros).codes))
     assert torch.equal(found[0][0], found[1][0])
     assert (zeros is None) or torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("shape", [(1, 8), (3, 40), (7, 264), (5, 36)])
+def test_packing_nibbles_equals_its_twin(monkeypatch: pytest.MonkeyPatch, table: str, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setenv(VARIABLE, table)
+    packed = pack_int32(codes, 4)
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert torch.equal(packed, pack_int32(codes, 4))
 
 
 def test_kernels_that_the_processor_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,11 @@ def kernel_table() -> str | None:
     return choice
 
 
+def as_stored(w: Tensor) -> Tensor:
+    """`w` as the kernels over groups take it: bfloat16 by its bits, float32 as it is, anything else as float32."""
+    return w.view(torch.uint16) if w.dtype == torch.bfloat16 else w.float()
+
+
 def has_kernels(x: Tensor, element: NumberFormat) -> bool:
     """Whether the native kernels take `x` and this number format: integers, in the processor's memory."""
     return isinstance(element, Int) and x.device.type == "cpu" and native() is not None

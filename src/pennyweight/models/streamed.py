@@ -19,6 +19,7 @@ from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.decoders import decoded
 from pennyweight.models.intercept import Intercept, Seen, Watched
+from pennyweight.models.postponed import postponed
 from pennyweight.models.sites import Place, find_sites
 from pennyweight.models.skeleton import build, call_arguments, find_blocks, read_config
 from pennyweight.models.weight_map import WeightMap
@@ -47,9 +48,10 @@ class StreamedModel:
         self.device = torch.device(device)
         raw = read_config_json(path)
         self.checkpoint: Checkpoint = decoded(open_checkpoint(path), raw)
-        self.config = read_config(path, trust_remote_code=trust_remote_code)
-        self.module = build(self.config, trust_remote_code=trust_remote_code)
-        self.weights = WeightMap(self.module, self.checkpoint)
+        with postponed():
+            self.config = read_config(path, trust_remote_code=trust_remote_code)
+            self.module = build(self.config, trust_remote_code=trust_remote_code)
+            self.weights = WeightMap(self.module, self.checkpoint)
         self._untie()
         self.blocks = find_blocks(self.module)
         found = find_sites(self.module, self.blocks, self.weights)

@@ -22,7 +22,7 @@ from pennyweight.solvers.base import Solver, Statistics
 
 # Weights that one thread reads and solves at a time where there is no data: its buffers are small enough that the
 # allocator reuses them, which a buffer of a whole matrix is not.
-_PART = 1 << 20
+_PART = 1 << 22
 # Weights whose codes, a byte each, are held before they are written.
 _ROUND = 1 << 27
 
@@ -114,7 +114,7 @@ def _one_round(
 
     def solve(work: tuple[Site, slice]) -> SolvedSite:
         site, part = work
-        matrix = stored_matrix(model.checkpoint, site, part).to(model.device).float().contiguous()
+        matrix = stored_matrix(model.checkpoint, site, part).to(model.device).contiguous()
         check_finite(matrix, site.tensor)
         return solve_site(site, matrix, output.plan.schemes[site.name], solver, fit, SiteStatistics(Statistics(), 0))
 

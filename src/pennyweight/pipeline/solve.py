@@ -43,10 +43,10 @@ def check_finite(w: Tensor, name: str) -> None:
 
 
 def solve_site(site: Site, w: Tensor, scheme: Scheme, solver: Solver, fit: Fit, found: SiteStatistics) -> SolvedSite:
-    """The codes of `site` and its record; `w` float32 [out, in] (or rows of it), finite. Errors name the site."""
+    """The codes of `site` and its record; `w` float [out, in] (or rows of it), finite. Errors name the site."""
     chosen: Solver = Nearest(fit) if any(getattr(found.stats, need) is None for need in solver.needs) else solver
     try:
-        solution = chosen.solve(w, scheme, found.stats)
+        solution = chosen.solve(w if isinstance(chosen, Nearest) else w.float(), scheme, found.stats)
     except PennyweightError as failure:
         raise type(failure)(f"{site.name}: {failure}") from failure
     every = max(1, -(-site.shape[0] // _SAMPLED_ROWS))
@@ -83,13 +83,16 @@ def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int
     if w.numel() == 0:
         return 0.0, 0.0
     rows = torch.arange(0, w.shape[0], every, device=w.device)
-    sample = w[rows]
+    sample = w[rows].float()
     result = _take(weight, rows)
     nearest = round_to_nearest(sample, result.scheme, result.scales, result.zeros)
     total = _energy(sample, stats.hessian)
     if total == 0:
         return 0.0, 0.0
-    return tuple(_energy(sample - q.dequantize(), stats.hessian) / total for q in (result, nearest))  # type: ignore[return-value]
+    error = _energy(sample - result.dequantize(), stats.hessian) / total
+    if torch.equal(nearest.codes, result.codes):
+        return error, error
+    return error, _energy(sample - nearest.dequantize(), stats.hessian) / total
 
 
 def _take(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:

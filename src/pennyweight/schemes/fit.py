@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pennyweight.core.errors import ShapeError
 from pennyweight.core.parallel import chunks, one_thread_per_operation, parallel_map
-from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native
+from pennyweight.kernels.native import STORED, as_stored, has_kernels, kernel_table, native
 from pennyweight.schemes.quantized import grouped
 from pennyweight.schemes.scheme import PerTensor, Scheme
 
@@ -19,6 +19,8 @@ Fit = Literal["minmax", "search"]
 
 # Weights per chunk: they stay in a core's second-level cache.
 _CHUNK = 1 << 18
+# The same where they are looked at once only.
+_PASS = 1 << 21
 # Shrink factors of the range that the search tries, widest first. Low widths gain from clipping far more.
 _GRIDS = {bits: tuple(1.0 - step * i for i in range(count)) for bits, step, count in (
     (2, 0.05, 14), (3, 0.04, 14), (4, 0.03, 13), (5, 0.025, 10), (6, 0.02, 8), (7, 0.01, 8), (8, 0.005, 8),
@@ -36,7 +38,7 @@ class _Candidate:
 def fit_scales(
     w: Tensor, scheme: Scheme, *, importance: Tensor | None = None, fit: Fit = "search"
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales [rows, groups] in their stored type, and int16 zero points or None, for `w` float32 [out, in].
+    """Scales [rows, groups] in their stored type, and int16 zero points or None, for `w` float [out, in].
 
     "minmax" takes the smallest scale whose range holds every weight of the group. "search" minimises
 
@@ -52,9 +54,10 @@ def fit_scales(
     if 0 in w.shape:
         empty = torch.ones(rows, groups, dtype=scheme.scale.torch_dtype, device=w.device)
         return empty, torch.zeros(rows, groups, dtype=torch.int16, device=w.device) if scheme.zero else None
-    view = grouped(w.float(), scheme)
+    # The ends of a range are the same in the type in which the weights are stored.
+    view = grouped(w if fit == "minmax" else w.float(), scheme)
     weights = None if importance is None else _per_weight(importance, scheme, tuple(w.shape))
-    per_chunk = max(1, _CHUNK // max(1, view.shape[1] * view.shape[2]))
+    per_chunk = max(1, (_CHUNK if fit == "search" else _PASS) // max(1, view.shape[1] * view.shape[2]))
 
     def one(part: slice) -> _Candidate:
         # Contiguous: sums over strided weights are added in another order.
@@ -92,9 +95,9 @@ def _range(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Smallest and largest of each group, [rows, groups, 1]."""
     library = native() if has_kernels(w, scheme.element) else None
     if library is None:
-        return w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+        return w.amin(-1, keepdim=True).float(), w.amax(-1, keepdim=True).float()
     low, high = torch.empty(2, w.shape[0] * w.shape[1])
-    library.range_groups(w.reshape(-1, w.shape[2]), low, high, kernel_table())
+    library.range_groups(as_stored(w).reshape(-1, w.shape[2]), low, high, kernel_table())
     shape = (w.shape[0], w.shape[1], 1)
     return low.reshape(shape), high.reshape(shape)
 

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.formats import NumberFormat
-from pennyweight.kernels.native import has_kernels, kernel_table, native
+from pennyweight.kernels.native import as_stored, has_kernels, kernel_table, native
 from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
 from pennyweight.schemes.quantized import grouped
 from pennyweight.solvers.base import Need, Solution, Solver, Statistics
 
 _CHUNK = 1 << 18
+# The same for the native kernel, which reads each weight once.
+_PASS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Nearest:
     needs: frozenset[Need] = frozenset()
 
     def solve(self, w: Tensor, scheme: Scheme, stats: Statistics) -> Solution:
+        """`w` may be of any float type: its weights are taken as they are stored."""
         scales, zeros = fit_scales(w, scheme, importance=stats.importance, fit=self.fit)
         return Solution(round_to_nearest(w, scheme, scales, zeros))
 
@@ -41,19 +44,20 @@ def round_to_nearest(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | 
         return QuantizedWeight(torch.zeros(w.shape, dtype=torch.uint8, device=w.device), scales, zeros, scheme)
     view = grouped(w, scheme)
     codes = torch.empty(view.shape, dtype=torch.uint8, device=w.device)
-    encode = _encode_native if has_kernels(w, scheme.element) else _encode
+    is_native = has_kernels(w, scheme.element)
+    encode, weights = (_encode_native, _PASS) if is_native else (_encode, _CHUNK)
 
     def one(part: slice) -> None:
         zero = None if zeros is None else zeros[part, :, None].float()
-        encode(view[part].float(), scales[part, :, None].float(), zero, scheme.element, codes[part])
+        encode(view[part], scales[part, :, None].float(), zero, scheme.element, codes[part])
 
-    parallel_map(one, chunks(view.shape[0], max(1, _CHUNK // (view.shape[1] * view.shape[2]))))
+    parallel_map(one, chunks(view.shape[0], max(1, weights // (view.shape[1] * view.shape[2]))))
     return QuantizedWeight(codes.reshape(w.shape), scales, zeros, scheme)
 
 
 def _encode(w: Tensor, scales: Tensor, zeros: Tensor | None, element: NumberFormat, codes: Tensor) -> None:
-    """`codes` [rows, groups, size] of `w` for float32 scales and zeros [rows, groups, 1]."""
-    values = w / scales
+    """`codes` [rows, groups, size] of float `w` for float32 scales and zeros [rows, groups, 1]."""
+    values = w.float() / scales
     codes.copy_(element.encode(values if zeros is None else values.add_(zeros)))
 
 
@@ -62,7 +66,7 @@ def _encode_native(w: Tensor, scales: Tensor, zeros: Tensor | None, element: Num
     assert library is not None
     size = w.shape[-1]
     library.encode_groups(
-        w.reshape(-1, size),
+        as_stored(w).reshape(-1, size),
         scales.flatten(),
         None if zeros is None else zeros.flatten(),
         codes.view(-1, size),
