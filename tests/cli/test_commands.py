@@ -109,7 +109,7 @@ def test_run_continues_a_prompt(pennyweight: Command, artefact: Path) -> None:
         (("quantize", "MODEL", "--out", "out", "--device", "abacus"), 2, "--device abacus: not a device"),
         (("quantize", "MODEL", "--out", "out", "--device", "meta"), 2, "--device meta: not a device"),
         (("quantize", "MODEL", "--out", "out", "--device", "cuda:99"), 2, "no such GPU"),
-        (("quantize", "MODEL", "--out", "out", "--calibration", "none"), 2, "needs calibration data"),
+        (("quantize", "MODEL", "--out", "x", "--solver", "gptq", "--calibration", "none"), 2, "needs calibration data"),
         (("quantize", "MODEL", "--out", "out", "--calibration", "no.txt"), 1, "no.txt does not exist"),
         (("quantize", "MODEL", "--out", "MODEL"), 2, "is not an empty directory"),
         (("quantize", "MODEL", "--out", "far/away"), 2, "far does not exist"),

@@ -20,7 +20,7 @@ from pennyweight.containers.compressed_tensors import CompressedTensors
 from pennyweight.models.base import Site
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales, parse_scheme
-from pennyweight.schemes.quantized import grouped
+from pennyweight.solvers.nearest import round_to_nearest
 
 CONTAINER = CompressedTensors()
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -28,10 +28,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 
 def quantize_nearest(w: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Min-max scales and the nearest code of each weight."""
-    scales, zeros = fit_scales(w.float(), scheme, fit="minmax")
-    values = grouped(w.float(), scheme) / scales.float()[..., None]
-    values = values if zeros is None else values + zeros[..., None]
-    return QuantizedWeight(scheme.element.encode(values.reshape(w.shape)), scales, zeros, scheme)
+    return round_to_nearest(w, scheme, fit_scales(w, scheme, fit="minmax"))
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,8 @@ def test_the_native_search_is_as_good_as_its_twin(
 
     def loss(choice: str) -> float:
         monkeypatch.setenv(VARIABLE, choice)
-        scales, zeros = fit_scales(w, scheme, importance=importance)
-        error = round_to_nearest(w, scheme, scales, zeros).dequantize() - w
+        found = fit_scales(w, scheme, importance=importance)
+        error = round_to_nearest(w, scheme, found).dequantize() - w
         return float((error.double().square() * weights).sum())
 
     # They may choose differently between candidates that are equal up to the order of the sums.
@@ -102,10 +102,11 @@ def test_every_instruction_set_finds_the_same_scales(monkeypatch: pytest.MonkeyP
     for table in TABLES:
         monkeypatch.setenv(VARIABLE, table)
         found.append(fit_scales(w, parse_scheme("int3-g128-asym-f16")))
-    for scales, zeros in found[1:]:
-        assert torch.equal(scales, found[0][0])
-        assert zeros is not None
-        assert torch.equal(zeros, found[0][1])
+    for other in found[1:]:
+        assert torch.equal(other.scales, found[0].scales)
+        assert found[0].zeros is not None
+        assert other.zeros is not None
+        assert torch.equal(other.zeros, found[0].zeros)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -125,11 +126,11 @@ def test_native_codes_and_ranges_equal_their_twins(
     # The twin works on float32, which holds all of them exactly.
     for choice, given in ((table, w), ("torch", w.float())):
         monkeypatch.setenv(VARIABLE, choice)
-        scales, zeros = fit_scales(given, scheme, fit="minmax")
-        found.append((scales, zeros, round_to_nearest(given, scheme, scales, zeros).codes))
-    assert torch.equal(found[0][0], found[1][0])
-    assert (zeros is None) or torch.equal(found[0][1], found[1][1])
-    assert torch.equal(found[0][2], found[1][2])
+        found.append(round_to_nearest(given, scheme, fit_scales(given, scheme, fit="minmax")))
+    native, twin = found
+    assert torch.equal(native.scales, twin.scales)
+    assert native.zeros is twin.zeros is None or torch.equal(native.zeros, twin.zeros)  # type: ignore[arg-type]
+    assert torch.equal(native.codes, twin.codes)
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -18,7 +18,7 @@ from pennyweight.core.errors import CheckpointError, ModelError
 from pennyweight.core.parallel import parallel_map
 from pennyweight.models.skeleton import build as build_empty
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.collect import collect
+from pennyweight.pipeline.collect import Streams, collect
 from tests.models.families import FAMILIES, build, save, token_batches
 
 # Two libraries add float32 products up in different orders: a few units in the last place of the largest output.
@@ -160,7 +160,7 @@ def test_results_do_not_depend_on_the_number_of_threads(tmp_path: Path, family: 
             model = StreamedModel(tmp_path)
             stream = model.start(token_batches((4, 3, 3)))
             with model.opened(0) as block:
-                found = collect(model, block, 0, stream)
+                found = collect(model, block, 0, Streams(stream))
             results.append((run(tmp_path, token_batches((4, 3, 3))), found))
         finally:
             torch.set_num_threads(2)

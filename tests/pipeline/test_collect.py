@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.models.streamed import Stream, StreamedModel
-from pennyweight.pipeline import collect as module
-from pennyweight.pipeline.collect import SiteStatistics, collect
+from pennyweight.pipeline import observe as module
+from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
 from tests.models.families import FAMILIES, build, save, token_batches
 
 # Sums of float32 over a few hundred rows, in another order.
@@ -41,7 +41,7 @@ def statistics(
     stream = model.start(batches)
     with model.opened(0) as block:
         change(block)
-        return collect(model, block, 0, stream)
+        return collect(model, block, 0, Streams(stream))
 
 
 def hessian(found: SiteStatistics) -> Tensor:
@@ -68,14 +68,14 @@ def test_the_cut_into_rounds_changes_no_rows(directories: dict[str, Path], monke
     batches = token_batches((2, 2, 2, 1))
     once = statistics(directories["mixtral"], batches)
     monkeypatch.setattr(module, "_ROUND_TOKENS", 50)
-    assert len(module._rounds(Stream(batches, batches, []))) == 4
+    assert len(module.rounds(Stream(batches, batches, []))) == 4
     assert_alike(once, statistics(directories["mixtral"], batches))
 
 
 def test_rounds_hold_every_batch_once_and_at_least_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ROUND_TOKENS", 30)
     batches = [torch.zeros(count, 10) for count in (1, 2, 5, 1, 1, 1, 1)]
-    assert module._rounds(Stream(batches, batches, [])) == [[0, 1], [2], [3, 4, 5], [6]]
+    assert module.rounds(Stream(batches, batches, [])) == [[0, 1], [2], [3, 4, 5], [6]]
 
 
 # -- what a block may do ------------------------------------------------------------------------------------------
@@ -248,3 +248,47 @@ def test_a_bfloat16_model_may_be_observed_in_bfloat16(tmp_path: Path, monkeypatc
         narrow = found[1][name]
         assert (narrow.rows, narrow.notes) == (exact.rows, exact.notes), name
         assert (hessian(narrow) - hessian(exact)).abs().max() <= NARROW_TOLERANCE * hessian(exact).abs().max(), name
+
+
+# -- the original model beside the quantized one ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_cross_moment_pairs_the_tokens_of_both_streams(directories: dict[str, Path], family: str) -> None:
+    model = StreamedModel(directories[family])
+    streams = Streams.of(model.start(token_batches((2, 3))), has_original=True)
+    assert streams.original is not None
+    assert streams.are_equal
+    noise = torch.Generator().manual_seed(0)
+    streams.quantized.hidden = [
+        x + 0.1 * torch.randn(x.shape, generator=noise) * x.std() for x in streams.quantized.hidden
+    ]
+    assert not streams.are_equal
+    seen: dict[str, list[Tensor]] = {"original": [], "quantized": []}
+    with model.opened(0) as block:
+        outputs = model.run_block(block, 0, streams.original)
+        for name, stream in (("original", streams.original), ("quantized", streams.quantized)):
+            for batch in range(2):
+                norm = block.input_layernorm(stream.hidden[batch])
+                seen[name].append(norm.detach().double().flatten(0, -2))
+        found = collect(model, block, 0, streams)
+    q = found[f"{LAYER}.self_attn.q_proj"].stats
+    original, x = torch.cat(seen["original"]), torch.cat(seen["quantized"])
+    for moment, expected in ((q.hessian, x.T @ x / len(x)), (q.cross, original.T @ x / len(x))):
+        assert moment is not None
+        assert (moment - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    for handed_on, output in zip(streams.original.hidden, outputs, strict=True):
+        assert torch.equal(handed_on, output)
+    experts = [one.stats.cross for name, one in found.items() if ".experts." in name]
+    assert experts == [None] * len(experts)
+
+
+def test_before_anything_is_quantized_there_is_nothing_to_cross(directories: dict[str, Path]) -> None:
+    model = StreamedModel(directories["llama"])
+    streams = Streams.of(model.start(token_batches((2, 3))), has_original=True)
+    assert streams.original is not None
+    with model.opened(0) as block:
+        outputs = model.run_block(block, 0, streams.original)
+        found = collect(model, block, 0, streams)
+    assert all(one.stats.cross is None for one in found.values())
+    assert all(torch.equal(one, other) for one, other in zip(streams.original.hidden, outputs, strict=True))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pennyweight.core.errors import ShapeError
-from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales, parse_scheme
+from pennyweight.schemes import Parameters, QuantizedWeight, Scheme, fit_scales, parse_scheme
 from pennyweight.schemes.fit import Fit
 from pennyweight.schemes.quantized import grouped
 from pennyweight.solvers.nearest import round_to_nearest
@@ -34,7 +34,7 @@ NAMES = [
 
 def fitted(w: Tensor, name: str, *, importance: Tensor | None = None, fit: Fit = "search") -> QuantizedWeight:
     scheme = parse_scheme(name)
-    return round_to_nearest(w, scheme, *fit_scales(w, scheme, importance=importance, fit=fit))
+    return round_to_nearest(w, scheme, fit_scales(w, scheme, importance=importance, fit=fit))
 
 
 def group_errors(w: Tensor, weight: QuantizedWeight, importance: Tensor | None = None) -> Tensor:
@@ -90,7 +90,7 @@ def test_the_search_comes_close_to_trying_every_scale() -> None:
     best = torch.full_like(found, float("inf"))
     for factor in torch.cat([torch.linspace(-0.8, -0.1, 300), torch.linspace(0.1, 0.8, 300)]):
         scales = grouped(w, scheme).abs().amax(-1) * factor
-        best = torch.minimum(best, group_errors(w, round_to_nearest(w, scheme, scales, None)))
+        best = torch.minimum(best, group_errors(w, round_to_nearest(w, scheme, Parameters(scales))))
     # The grid has steps of 4 % of the range, and takes one sign only.
     assert found.sum() < 1.03 * best.sum()
 
@@ -270,7 +270,7 @@ def test_minmax_reaches_both_ends(name: str) -> None:
 
 def test_minmax_takes_the_smallest_scale_that_holds_every_weight() -> None:
     w = torch.tensor([[-8.0, 3.0], [2.0, 7.0], [-4.0, 7.0], [-16.0, 7.0]])
-    scales, _ = fit_scales(w, parse_scheme("int4-g2-f32"), fit="minmax")
+    scales = fit_scales(w, parse_scheme("int4-g2-f32"), fit="minmax").scales
     assert scales.flatten().tolist() == [1.0, 1.0, 1.0, 2.0]
 
 

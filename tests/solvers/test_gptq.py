@@ -63,8 +63,8 @@ def agreement_with_the_paper(name: str, cols: int) -> float:
     w, stats = problem(48, cols)
     assert stats.hessian is not None
     scheme = parse_scheme(name)
-    scales, zeros = fit_scales(w, scheme, importance=stats.importance)
-    expected = textbook(w, scheme, stats.hessian, scales, zeros, Gptq().damping)
+    found = fit_scales(w, scheme, importance=stats.importance)
+    expected = textbook(w, scheme, stats.hessian, found.scales, found.zeros, Gptq().damping)
     return agreement(Gptq(block=BLOCK).solve(w, scheme, stats).weight.codes, expected)
 
 

@@ -23,10 +23,17 @@ def quantize(
     ),
     bits: int | None = typer.Option(None, min=2, max=8, help="Instead of --scheme: this width in groups of 128."),
     runtime: str = typer.Option("transformers", "--for", help="What will read the result: transformers or vllm."),
-    solver: str = typer.Option("gptq", help="How codes are chosen: gptq or nearest."),
+    effort: str = typer.Option(
+        "normal", help="fast, normal or best: what the run may cost, and so which of the next three steps it takes."
+    ),
+    solver: str | None = typer.Option(None, help="How the codes of one matrix are chosen: gptq, nearest..."),
+    refine: str | None = typer.Option(None, help="How those of a block are refined together, or none."),
+    recover: bool | None = typer.Option(
+        None, "--recover/--no-recover", help="Train scales and norms end to end at last."
+    ),
     fit: str = typer.Option("search", help="How scales are fitted: search or minmax."),
     calibration: str | None = typer.Option(
-        None, help="Text file, .jsonl, directory, built-in or none.  [default: built-in for gptq, none for nearest]"
+        None, help="Text file, .jsonl, directory, built-in or none.  [default: built-in, none for --solver nearest]"
     ),
     samples: int = typer.Option(128, min=1, help="Calibration windows at most."),
     length: int = typer.Option(512, min=4, help="Tokens a window."),
@@ -57,7 +64,10 @@ def quantize(
         model,
         out,
         scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"),
+        effort=effort,  # type: ignore[arg-type]
         solver=solver,
+        refine=refine,
+        recover=recover,
         fit=fit,  # type: ignore[arg-type]
         runtime=runtime,
         calibration=calibration,

@@ -26,7 +26,7 @@ _FUSED_WITH = {member: members for members in _FUSED for member in members}
 
 def site_refusal(scheme: Scheme, site: Site, *, runtime: str) -> str | None:
     """Why `runtime` cannot read `scheme` for `site` from this container, or None."""
-    rules: tuple[SiteRule, ...] = (_format, _storage, _groups)
+    rules: tuple[SiteRule, ...] = (_format, _scales, _storage, _groups)
     if runtime == "vllm":
         rules = (*rules, _marlin)
     return next((reason for rule in rules if (reason := rule(scheme, site)) is not None), None)
@@ -55,6 +55,15 @@ def _format(scheme: Scheme, site: Site) -> str | None:
     return (
         f"{site.name}: {scheme} given; compressed-tensors packs signed integers of 2 to 8 bits only: "
         f"use int{element.bits}, with -asym where the weights lie on one side of zero"
+    )
+
+
+def _scales(scheme: Scheme, site: Site) -> str | None:
+    if scheme.is_plain:
+        return None
+    return (
+        f"{site.name}: {scheme} given; compressed-tensors reads integers with float scales and integer zero "
+        "points only: leave out -fzero, -offset and the number format of the scales"
     )
 
 

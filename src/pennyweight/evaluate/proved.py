@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.evaluate.verify import Extent, verify
+from pennyweight.pipeline.effort import Effort
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.records import RunReport, Tell
 from pennyweight.pipeline.run import quantize as run
@@ -18,7 +19,10 @@ def quantize(
     out: str | Path,
     *,
     scheme: str = Options.scheme,
-    solver: str = Options.solver,
+    effort: Effort = Options.effort,
+    solver: str | None = None,
+    refine: str | None = None,
+    recover: bool | None = None,
     fit: Fit = Options.fit,
     runtime: str = Options.runtime,
     calibration: str | Sequence[str] | None = None,
@@ -37,7 +41,10 @@ def quantize(
     """
     options = Options(
         scheme=scheme,
+        effort=effort,
         solver=solver,
+        refine=refine,
+        recover=recover,
         fit=fit,
         runtime=runtime,
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),

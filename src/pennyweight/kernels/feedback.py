@@ -13,15 +13,16 @@ from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native
 
 @dataclass(frozen=True)
 class Grid:
-    """What columns are rounded to: value * scale, or (value - zero) * scale, rounded to the type `stored`.
+    """What columns are rounded to: (value - zero) * scale or value * scale - offset, rounded to the type `stored`.
 
-    scales, zeros   float32 [groups, rows]; zeros None where there are none
+    scales, zeros, offsets   float32 [groups, rows], scales never zero; zeros and offsets None where there are none
     """
 
     element: NumberFormat
     scales: Tensor
     zeros: Tensor | None
     stored: torch.dtype
+    offsets: Tensor | None = None
 
 
 def round_block_(
@@ -33,7 +34,7 @@ def round_block_(
     targets_k += lower_jk errors_j for all k < j. All [columns, rows] float32; `lower` [columns, columns] is unit lower;
     `groups` int64 [columns] are rows of the grid's scales. `values`, `errors` and `targets` are written.
     """
-    library = native() if has_kernels(targets, grid.element) else None
+    library = native() if grid.offsets is None and has_kernels(targets, grid.element) else None
     if library is None:
         _round_block(targets, w, values, errors, lower=lower, grid=grid, groups=groups)
         return
@@ -58,9 +59,10 @@ def _round_block(
 ) -> None:
     for j in range(targets.shape[0] - 1, -1, -1):
         scale = grid.scales[groups[j]]
-        zero = None if grid.zeros is None else grid.zeros[groups[j]]
-        scaled = targets[j] / scale
+        zero, offset = (None if given is None else given[groups[j]] for given in (grid.zeros, grid.offsets))
+        scaled = (targets[j] if offset is None else targets[j] + offset) / scale
         values[j] = grid.element.nearest(scaled if zero is None else scaled + zero)
         decoded = (values[j] if zero is None else values[j] - zero) * scale
-        torch.sub(w[j], decoded.to(grid.stored).float(), out=errors[j])
+        decoded = (decoded if offset is None else decoded - offset).to(grid.stored).float()
+        torch.sub(w[j], decoded, out=errors[j])
         targets[:j].addr_(lower[j, :j], errors[j])

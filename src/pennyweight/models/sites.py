@@ -27,6 +27,11 @@ class Place:
         matrix = matrix.T if self.transposed else matrix
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
+    @property
+    def is_whole(self) -> bool:
+        """The matrix is the parameter itself."""
+        return self.index is None and self.rows is None and not self.transposed
+
 
 @dataclass(frozen=True)
 class Sites:

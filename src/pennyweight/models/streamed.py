@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from pennyweight.models.intercept import Intercept, Seen, Watched
 from pennyweight.models.postponed import postponed
 from pennyweight.models.sites import Place, find_sites
 from pennyweight.models.skeleton import build, call_arguments, find_blocks, read_config
+from pennyweight.models.substitute import Substituted
 from pennyweight.models.weight_map import WeightMap
 
 
@@ -113,6 +114,28 @@ class StreamedModel:
             return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
 
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
+
+    def run_with(
+        self, block: nn.Module, index: int, stream: Stream, batch: int, weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The output of block `index` for one batch with `weights` (site -> [out, in]) in place of its own, in float32
+        and differentiable in them."""
+        args, kwargs = stream.arguments[batch][index]
+        with Substituted(self._parameters_with(weights)):
+            out = block(stream.hidden[batch], *args, **kwargs)
+        return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
+
+    def _parameters_with(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """id of a parameter of the opened block -> its value with `weights` put in."""
+        values: dict[int, Tensor] = {}
+        for name, weight in weights.items():
+            place = self.places[name]
+            parameter = self.module.get_parameter(place.parameter)
+            if place.is_whole:
+                values[id(parameter)] = weight
+            else:
+                place.view(values.setdefault(id(parameter), parameter.detach().clone())).copy_(weight)
+        return values
 
     def advance(self, block: nn.Module, index: int, stream: Stream, *, watched: Watched | None = None) -> None:
         """Replace `stream.hidden` by the outputs of block `index`, one batch after the other."""

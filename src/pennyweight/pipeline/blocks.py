@@ -11,14 +11,15 @@ from pennyweight.core.memory import give_back_memory
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.streamed import Stream, StreamedModel
-from pennyweight.pipeline.collect import SiteStatistics, collect
+from pennyweight.pipeline.chain import Chain
+from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
 from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone, SiteRecord, Tell
-from pennyweight.pipeline.solve import SolvedSite, check_finite, joined, solve_site
-from pennyweight.schemes import PerTensor, Scheme
-from pennyweight.schemes.fit import Fit
-from pennyweight.solvers.base import Solver, Statistics
+from pennyweight.pipeline.solve import SolvedSite, again_measured, check_finite, joined, solve_site
+from pennyweight.schemes import QuantizedWeight, Scheme
+from pennyweight.solvers.base import Statistics
+from pennyweight.solvers.learned.base import BlockProblem
 
 # Weights that one thread reads and solves at a time where there is no data: its buffers are small enough that the
 # allocator reuses them, which a buffer of a whole matrix is not.
@@ -32,68 +33,114 @@ def run_blocks(
     output: Output,
     journal: Journal,
     *,
-    solver: Solver,
-    fit: Fit,
-    stream: Stream | None,
+    chain: Chain,
+    streams: Streams | None,
     tell: Tell,
 ) -> list[SiteRecord]:
     """Solve and write every block that the journal does not have; returns the records of all, in order.
 
-    With a `stream` each block is calibrated on the outputs of the blocks before it as they were written; finished
-    blocks of an earlier run are read back and only run. Without one no block is run at all.
+    With `streams` each block is calibrated on the outputs of the blocks before it as they were written; finished
+    blocks of an earlier run are read back and only run. Without them no block is run at all.
     """
     records: list[SiteRecord] = []
     for index in range(len(model.blocks)):
         part = f"block {index}"
         is_done = part in journal.finished
         if not is_done:
-            found = _one_block(model, output, index, solver=solver, fit=fit, stream=stream)
+            found = _one_block(model, output, index, chain=chain, streams=streams)
             output.files.flush()
             journal.add(part, found)
-        elif stream is not None:
-            _replay(model, output, index, stream)
+        elif streams is not None:
+            _replay(model, output, index, streams)
         records.extend(journal.finished[part])
         tell(BlockDone(index, len(model.blocks), journal.finished[part], resumed=is_done))
     return records
 
 
 def _one_block(
-    model: StreamedModel, output: Output, index: int, *, solver: Solver, fit: Fit, stream: Stream | None
+    model: StreamedModel, output: Output, index: int, *, chain: Chain, streams: Streams | None
 ) -> list[SiteRecord]:
     sites = [site for site in model.sites_of(index) if site.name in output.plan.schemes]
-    if stream is None:
-        return _without_data(model, output, sites, solver=solver, fit=fit)
+    if streams is None:
+        return _without_data(model, output, sites, chain)
     with model.opened(index) as block:
         for site in sites:
             # Before the block is run: what comes out of NaN would be blamed on other sites.
             check_finite(model.matrix(site), site.tensor)
-        found = collect(model, block, index, stream)
+        found = collect(model, block, index, streams)
         give_back_memory()
-        records = []
-        for site in sites:
-            # The last site of an input lets go of its Hessian.
-            solved = _solve(model, output, site, solver=solver, fit=fit, found=found.pop(site.name))
-            output.write(site, solved.weight)
-            _put_back(model, site, solved)
-            records.append(solved.record)
+        solve = _each_site if chain.refine is None else _together
+        records = solve(model, output, index, sites, found, chain=chain, streams=streams)
         give_back_memory()
-        _advance(model, block, index, stream)
+        _advance(model, block, index, streams.quantized)
     return records
 
 
-def _solve(
-    model: StreamedModel, output: Output, site: Site, *, solver: Solver, fit: Fit, found: SiteStatistics
-) -> SolvedSite:
-    return solve_site(site, model.matrix(site).contiguous(), output.plan.schemes[site.name], solver, fit, found)
-
-
-def _without_data(
-    model: StreamedModel, output: Output, sites: Sequence[Site], *, solver: Solver, fit: Fit
+def _each_site(
+    model: StreamedModel,
+    output: Output,
+    index: int,
+    sites: Sequence[Site],
+    found: dict[str, SiteStatistics],
+    *,
+    chain: Chain,
+    streams: Streams,
 ) -> list[SiteRecord]:
+    """Solve, write and put back one site after the other."""
+    records = []
+    for site in sites:
+        matrix = model.matrix(site).contiguous()
+        # The last site of an input lets go of its Hessian.
+        solved = solve_site(site, matrix, output.plan.schemes[site.name], chain, found.pop(site.name))
+        output.write(site, solved.weight)
+        _put_back(model, site, solved.weight)
+        records.append(solved.record)
+    return records
+
+
+def _together(
+    model: StreamedModel,
+    output: Output,
+    index: int,
+    sites: Sequence[Site],
+    found: dict[str, SiteStatistics],
+    *,
+    chain: Chain,
+    streams: Streams,
+) -> list[SiteRecord]:
+    """Solve all sites, then refine them as one block; nothing is written before that."""
+    assert chain.refine is not None
+    assert streams.original is not None
+    originals = {site.name: model.matrix(site).contiguous().clone() for site in sites}
+    solved = {
+        site.name: solve_site(site, originals[site.name], output.plan.schemes[site.name], chain, found[site.name])
+        for site in sites
+    }
+    block = model.module.get_submodule(model.blocks[index])
+    problem = BlockProblem(
+        weights=originals,
+        start={name: one.weight for name, one in solved.items()},
+        importance={name: one.stats.importance for name, one in found.items() if one.stats.importance is not None},
+        forward=lambda weights, batch: model.run_with(block, index, streams.quantized, batch, weights),
+        targets=streams.original.hidden,
+    )
+    refined = chain.refine.refine(problem)
+    records = []
+    for site in sites:
+        weight = refined.weights[site.name]
+        output.write(site, weight)
+        _put_back(model, site, weight)
+        records.append(
+            again_measured(site, originals[site.name], weight, found.pop(site.name), solved[site.name].record)
+        )
+    return records
+
+
+def _without_data(model: StreamedModel, output: Output, sites: Sequence[Site], chain: Chain) -> list[SiteRecord]:
     """Sites solved without data: a few rows at a time are read and solved, each part by one thread."""
     records: list[SiteRecord] = []
     for together in _rounds(sites):
-        records.extend(_one_round(model, output, together, solver=solver, fit=fit))
+        records.extend(_one_round(model, output, together, chain))
     return records
 
 
@@ -107,16 +154,14 @@ def _rounds(sites: Sequence[Site]) -> list[list[Site]]:
     return rounds
 
 
-def _one_round(
-    model: StreamedModel, output: Output, sites: Sequence[Site], *, solver: Solver, fit: Fit
-) -> list[SiteRecord]:
+def _one_round(model: StreamedModel, output: Output, sites: Sequence[Site], chain: Chain) -> list[SiteRecord]:
     parts = [(site, part) for site in sites for part in _row_parts(site, output.plan.schemes[site.name])]
 
     def solve(work: tuple[Site, slice]) -> SolvedSite:
         site, part = work
         matrix = stored_matrix(model.checkpoint, site, part).to(model.device).contiguous()
         check_finite(matrix, site.tensor)
-        return solve_site(site, matrix, output.plan.schemes[site.name], solver, fit, SiteStatistics(Statistics(), 0))
+        return solve_site(site, matrix, output.plan.schemes[site.name], chain, SiteStatistics(Statistics(), 0))
 
     solved: dict[str, list[SolvedSite]] = {site.name: [] for site in sites}
     for (site, _), result in zip(parts, parallel_map(solve, parts), strict=True):
@@ -131,8 +176,8 @@ def _one_round(
 
 
 def _row_parts(site: Site, scheme: Scheme) -> list[slice]:
-    """Rows that can be solved by themselves: all at once where they share a scale or do not lie together."""
-    if isinstance(scheme.granularity, PerTensor) or site.transposed or 0 in site.shape:
+    """Rows that can be solved by themselves: all at once where they share what is stored, or do not lie together."""
+    if scheme.rows_share or site.transposed or 0 in site.shape:
         return [slice(0, site.shape[0])]
     return chunks(site.shape[0], max(1, _PART // site.shape[1]))
 
@@ -150,18 +195,20 @@ def stored_matrix(checkpoint: Checkpoint, site: Site, rows: slice | None = None)
     return matrix if rows is None else matrix[rows]
 
 
-def _put_back(model: StreamedModel, site: Site, solved: SolvedSite) -> None:
+def _put_back(model: StreamedModel, site: Site, weight: QuantizedWeight) -> None:
     """The block computes with the decoded weights from now on."""
-    model.matrix(site).copy_(solved.weight.dequantize(torch.float32))
+    model.matrix(site).copy_(weight.dequantize(torch.float32))
 
 
-def _replay(model: StreamedModel, output: Output, index: int, stream: Stream) -> None:
+def _replay(model: StreamedModel, output: Output, index: int, streams: Streams) -> None:
     """Run a block that an earlier run finished, with the weights that it wrote."""
     with model.opened(index) as block:
+        if streams.original is not None:
+            _advance(model, block, index, streams.original)
         for site in model.sites_of(index):
             if site.name in output.plan.schemes:
-                model.matrix(site).copy_(output.read(site).dequantize(torch.float32))
-        _advance(model, block, index, stream)
+                _put_back(model, site, output.read(site))
+        _advance(model, block, index, streams.quantized)
 
 
 def _advance(model: StreamedModel, block: nn.Module, index: int, stream: Stream) -> None:

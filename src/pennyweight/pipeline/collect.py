@@ -1,4 +1,4 @@
-"""Running calibration data through a block and accumulating what its sites saw."""
+"""Calibration statistics of a block's sites."""
 
 from __future__ import annotations
 
@@ -9,13 +9,36 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from pennyweight.models.base import Site
-from pennyweight.models.intercept import Seen, Watched
 from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.pipeline.observe import Inputs, Observer, rounds
 from pennyweight.solvers.base import Statistics
+from pennyweight.stats.cross_moment import CrossMoment
 from pennyweight.stats.second_moment import SecondMoment
 
-# Tokens whose activations are held at once: a constant, so that sums are cut alike on every machine.
-_ROUND_TOKENS = 2048
+
+@dataclass
+class Streams:
+    """Calibration data on its way through the blocks.
+
+    quantized   behind blocks with the weights that were written
+    original    behind the original blocks; None where nobody asks for it
+    """
+
+    quantized: Stream
+    original: Stream | None = None
+
+    @staticmethod
+    def of(stream: Stream, *, has_original: bool) -> Streams:
+        """Both begin with the same hidden states."""
+        original = Stream(stream.input_ids, list(stream.hidden), stream.arguments) if has_original else None
+        return Streams(stream, original)
+
+    @property
+    def are_equal(self) -> bool:
+        """Nothing before was quantized."""
+        return self.original is not None and all(
+            one is other for one, other in zip(self.original.hidden, self.quantized.hidden, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -28,113 +51,67 @@ class SiteStatistics:
 
 
 @dataclass
-class _Inputs:
-    """What one batch showed.
+class _Moments:
+    """Sums by leader; crosses of those sites only whose rows are the same tokens in both streams."""
 
-    leaders  site -> the site whose input it shares, itself if it was called first
-    inputs   leader -> its inputs [..., in], and the versions that these tensors had when it was called
-    copied   whether `inputs` are copies, for a block that changes its tensors in place
-    held     what was copied: no other input can take its memory, and so its key, while the batch runs
-    """
-
-    copied: bool
     leaders: dict[str, str] = field(default_factory=dict)
-    inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
-    held: list[Tensor] = field(default_factory=list)
-
-    @property
-    def is_overwritten(self) -> bool:
-        return any(x._version != version for seen in self.inputs.values() for x, version in seen)
+    seconds: dict[str, SecondMoment] = field(default_factory=dict)
+    crosses: dict[str, CrossMoment] = field(default_factory=dict)
 
 
-def collect(model: StreamedModel, block: nn.Module, index: int, stream: Stream) -> dict[str, SiteStatistics]:
-    """Statistics of every site of the opened block `index` on the windows of `stream`.
+def collect(model: StreamedModel, block: nn.Module, index: int, streams: Streams) -> dict[str, SiteStatistics]:
+    """Statistics of every site of the opened block `index`, which has its original weights still.
 
-    Sites called with the same input (same memory, shape and strides) share one Hessian. Batches run in parallel;
-    sums are made in the order of the batches.
+    Sites called with the same input (same memory, shape and strides) share one Hessian. Batches run in parallel; sums
+    are made in the order of the batches. The original stream, where there is one, is handed on to the next block.
     """
     sites = model.sites_of(index)
-    watched = model.watched(sites)
     experts = {site.name for site in sites if site.kind == "expert"}
-    leaders: dict[str, str] = {}
-    moments: dict[str, SecondMoment] = {}
-    copied = False
-    for batches in _rounds(stream):
-        found = _run(model, block, index, stream, watched=watched, batches=batches, copied=copied)
-        if any(batch.is_overwritten for batch in found):
-            copied = True
-            found = _run(model, block, index, stream, watched=watched, batches=batches, copied=True)
-        for batch in found:
-            leaders.update({name: leader for name, leader in batch.leaders.items() if name not in leaders})
-        _accumulate(moments, leaders, found, experts)
-    return _statistics(sites, leaders, moments)
+    observer = Observer(model, block, index)
+    moments = _Moments()
+    original, are_equal = streams.original, streams.are_equal
+    handed_on: list[Tensor] = []
+    for batches in rounds(streams.quantized):
+        found, outputs = observer.run(streams.quantized, batches)
+        theirs: list[Inputs] = []
+        if original is not None and not are_equal:
+            theirs, outputs = observer.run(original, batches)
+        if original is not None:
+            handed_on.extend(outputs)
+        _accumulate_(moments, found, theirs, experts)
+    if original is not None:
+        original.hidden = handed_on
+    return _statistics(sites, moments)
 
 
-def _run(
-    model: StreamedModel,
-    block: nn.Module,
-    index: int,
-    stream: Stream,
-    *,
-    watched: Watched,
-    batches: Sequence[int],
-    copied: bool,
-) -> list[_Inputs]:
-    found = {batch: _Inputs(copied) for batch in batches}
-    model.run_block(block, index, stream, seen=lambda batch: _observer(found[batch]), watched=watched, batches=batches)
-    return [found[batch] for batch in batches]
-
-
-def _rounds(stream: Stream) -> list[list[int]]:
-    rounds: list[list[int]] = [[]]
-    tokens = 0
-    for batch, ids in enumerate(stream.input_ids):
-        if tokens and tokens + ids.numel() > _ROUND_TOKENS:
-            rounds.append([])
-            tokens = 0
-        rounds[-1].append(batch)
-        tokens += ids.numel()
-    return rounds
-
-
-def _observer(found: _Inputs) -> Seen:
-    leader_of: dict[tuple[object, ...], str] = {}
-
-    def seen(names: list[str], x: Tensor) -> None:
-        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
-        leader = leader_of.setdefault(key, names[0])
-        if leader == names[0]:
-            if found.copied:
-                found.held.append(x)
-            kept = x.clone() if found.copied else x
-            found.inputs.setdefault(leader, []).append((kept, kept._version))
-        for name in names:
-            found.leaders.setdefault(name, leader)
-
-    return seen
-
-
-def _accumulate(
-    moments: dict[str, SecondMoment], leaders: Mapping[str, str], found: Sequence[_Inputs], experts: set[str]
-) -> None:
-    for leader in sorted(set(leaders.values())):
-        inputs = [x for batch in found for x, _ in batch.inputs.pop(leader, [])]
-        if not inputs:
+def _accumulate_(moments: _Moments, found: Sequence[Inputs], theirs: Sequence[Inputs], experts: set[str]) -> None:
+    for batch in found:
+        moments.leaders.update({name: leader for name, leader in batch.leaders.items() if name not in moments.leaders})
+    for leader in sorted(set(moments.leaders.values())):
+        parts = [x for batch in found for x in batch.take(leader)]
+        if not parts:
             continue
-        parts = [x.reshape(-1, x.shape[-1]) for x in inputs]
-        inputs.clear()
         if leader in experts:
             # Where all experts run on all tokens, those that were not routed to this one are zeros.
             parts = [x[x.any(dim=1)] for x in parts]
-        if leader not in moments:
-            moments[leader] = SecondMoment.zero(parts[0].shape[1], parts[0].device)
-        moments[leader] = moments[leader].update_(parts)
+        else:
+            _add_cross_(moments, leader, [x for batch in theirs for x in batch.take(leader)], parts)
+        if leader not in moments.seconds:
+            moments.seconds[leader] = SecondMoment.zero(parts[0].shape[1], parts[0].device)
+        moments.seconds[leader] = moments.seconds[leader].update_(parts)
 
 
-def _statistics(
-    sites: Sequence[Site], leaders: Mapping[str, str], moments: dict[str, SecondMoment]
-) -> dict[str, SiteStatistics]:
+def _add_cross_(moments: _Moments, leader: str, original: list[Tensor], parts: list[Tensor]) -> None:
+    if not original:
+        return
+    if leader not in moments.crosses:
+        moments.crosses[leader] = CrossMoment.zero(parts[0].shape[1], parts[0].device)
+    moments.crosses[leader] = moments.crosses[leader].update_(original, parts)
+
+
+def _statistics(sites: Sequence[Site], sums: _Moments) -> dict[str, SiteStatistics]:
     shared: dict[str, Statistics] = {}
+    leaders, moments = sums.leaders, sums.seconds
     pooled = _pooled(sites, leaders, moments)
     found: dict[str, SiteStatistics] = {}
     for site in sites:
@@ -147,7 +124,8 @@ def _statistics(
             found[site.name] = SiteStatistics(Statistics(), 0, ("saw no calibration data: rounded to nearest",))
         else:
             if leader not in shared:
-                shared[leader] = Statistics(moment.hessian_())
+                cross = sums.crosses.get(leader)
+                shared[leader] = Statistics(moment.hessian_(), None if cross is None else cross.mean_())
             found[site.name] = SiteStatistics(shared[leader], moment.rows)
     return found
 

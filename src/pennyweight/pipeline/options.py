@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 from pennyweight.core.errors import UsageError
 from pennyweight.core.registry import find
 from pennyweight.models.text import BUILT_IN
+from pennyweight.pipeline.chain import Chain
+from pennyweight.pipeline.effort import Effort, Steps, steps_of
 from pennyweight.schemes import parse_scheme
 from pennyweight.schemes.fit import Fit
-from pennyweight.solvers.base import Solver
+
+NONE = "none"
 
 
 @dataclass(frozen=True)
 class Options:
     """scheme        short name, see `parse_scheme`
+    effort        what the run may cost: decides whatever of the next three is None
     solver        name of a solver
+    refine        name of a solver of whole blocks that goes on from there, or "none"
+    recover       whether scales and norms are trained end to end at last
     fit           how scales are fitted: "search" or "minmax"
     runtime       what will read the result
     calibration   text file, .jsonl, directory, "built-in", "none", or texts;
-                  None: built-in where the solver needs data
+                  None: built-in unless the solver that was asked for needs no data
     samples       windows at most
     length        tokens a window; the model's own limit where that is less
-    seed          which windows are drawn
+    seed          which windows are drawn, and the order in which training sees them
     device        torch device of the arithmetic
     """
 
     scheme: str = "int4-g128"
-    solver: str = "gptq"
+    effort: Effort = "normal"
+    solver: str | None = None
+    refine: str | None = None
+    recover: bool | None = None
     fit: Fit = "search"
     runtime: str = "transformers"
     calibration: str | tuple[str, ...] | None = None
@@ -43,24 +52,49 @@ class Options:
         parse_scheme(self.scheme)
         if self.fit not in get_args(Fit):
             raise UsageError(f"--fit {self.fit}: give {' or '.join(get_args(Fit))}")
+        if self.effort not in get_args(Effort):
+            raise UsageError(f"--effort {self.effort}: give {', '.join(get_args(Effort))}")
         if self.samples < 1:
             raise UsageError(f"--samples {self.samples}: give at least 1")
-        if self.configured_solver.needs and self.calibration_source is None:
+        solver = self.chain.solver
+        if self.calibration_source is not None:
+            return
+        if solver.needs:
             raise UsageError(
                 f"--solver {self.solver} needs calibration data: drop --calibration none, or use --solver nearest"
             )
+        if self.steps.refine != NONE or self.steps.recover:
+            asked = f"--refine {self.refine}" if self.steps.refine != NONE else "--recover"
+            raise UsageError(f"{asked} needs calibration data: give --calibration FILE or built-in")
 
     @property
-    def configured_solver(self) -> Solver:
-        """The solver with the fit of scales that was asked for, where it fits any; raises UsageError."""
-        solver = find("solvers", self.solver)
-        fits = is_dataclass(solver) and any(field.name == "fit" for field in fields(solver))
-        configured: Solver = replace(solver, fit=self.fit) if fits else solver
-        return configured
+    def steps(self) -> Steps:
+        """What was asked for by name, and for the rest what the effort does."""
+        steps = steps_of(self.effort, has_data=self.calibration_source is not None)
+        if self.solver is not None:
+            # A solver asked for by name is what the user wants to see, and nothing after it.
+            steps = Steps(self.solver)
+        refine = steps.refine if self.refine is None else self.refine
+        return Steps(steps.solver, refine, steps.recover if self.recover is None else self.recover)
+
+    @property
+    def chain(self) -> Chain:
+        """How codes are chosen; raises UsageError for a name that is not known."""
+        steps = self.steps
+        refine = None if steps.refine == NONE else find("solvers.learned", steps.refine)
+        return Chain(_with(find("solvers", steps.solver), "fit", self.fit), self.fit, _with(refine, "seed", self.seed))
 
     @property
     def calibration_source(self) -> str | tuple[str, ...] | None:
         """The source of calibration text, or None for a data-free run."""
-        if self.calibration is None:
-            return BUILT_IN if self.configured_solver.needs else None
-        return None if self.calibration == "none" else self.calibration
+        if self.calibration is not None:
+            return None if self.calibration == NONE else self.calibration
+        is_trained = self.refine not in (None, NONE) or bool(self.recover)
+        is_blind = self.solver is not None and not find("solvers", self.solver).needs
+        return None if is_blind and not is_trained else BUILT_IN
+
+
+def _with(thing: Any, name: str, value: object) -> Any:
+    """`thing` with its field `name` set, where it has one."""
+    has_field = is_dataclass(thing) and any(field.name == name for field in fields(thing))
+    return replace(thing, **{name: value}) if has_field else thing

@@ -151,9 +151,13 @@ def _recipe(
         calibration = CalibrationRecipe(
             source if isinstance(source, str) else "texts", windows.shape[0], windows.shape[1], options.seed, digest
         )
+    steps = options.steps
     return Recipe(
         scheme=options.scheme,
-        solver=options.solver,
+        effort=options.effort,
+        solver=steps.solver,
+        refine=steps.refine,
+        recover=steps.recover,
         fit=options.fit,
         runtime=options.runtime,
         container=container.name,

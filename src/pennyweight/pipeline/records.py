@@ -23,7 +23,10 @@ class Recipe:
     """Everything needed to repeat a run; stored inside every output. `inputs` are the hashes of the model's files."""
 
     scheme: str
+    effort: str
     solver: str
+    refine: str
+    recover: bool
     fit: str
     runtime: str
     container: str

@@ -19,8 +19,9 @@ from pennyweight.core.memory import peak_memory_bytes
 from pennyweight.core.parallel import allowed_threads, one_thread_per_operation
 from pennyweight.core.version import versions
 from pennyweight.models import text
-from pennyweight.models.streamed import Stream
 from pennyweight.pipeline.blocks import run_blocks
+from pennyweight.pipeline.chain import Chain
+from pennyweight.pipeline.collect import Streams
 from pennyweight.pipeline.journal import NAME as JOURNAL_NAME
 from pennyweight.pipeline.journal import Journal, only_writer, other_work_directories, work_directory
 from pennyweight.pipeline.options import Options
@@ -180,11 +181,11 @@ def _write_weights(job: Job, files: OpenWeightFiles, journal: Journal, tell: Tel
         output.copy_kept(output.kept_tensors(job.model.sites))
         output.files.flush()
         journal.add("kept", [])
-    solver, fit = job.options.configured_solver, job.options.fit
-    return run_blocks(job.model, output, journal, solver=solver, fit=fit, stream=_start(job, journal), tell=tell)
+    chain = job.options.chain
+    return run_blocks(job.model, output, journal, chain=chain, streams=_start(job, journal, chain), tell=tell)
 
 
-def _start(job: Job, journal: Journal) -> Stream | None:
+def _start(job: Job, journal: Journal, chain: Chain) -> Streams | None:
     if job.windows is None or journal.blocks == len(job.model.blocks):
         return None
-    return job.model.start(text.batches(job.windows))
+    return Streams.of(job.model.start(text.batches(job.windows)), has_original=chain.needs_original)

@@ -13,10 +13,10 @@ from pennyweight.core.errors import PennyweightError, WeightError
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.models.base import Site
+from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.records import SiteRecord
-from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme
-from pennyweight.schemes.fit import Fit
+from pennyweight.schemes import QuantizedWeight, Scheme
 from pennyweight.solvers.base import Solver, Statistics
 from pennyweight.solvers.nearest import Nearest, round_to_nearest
 
@@ -42,17 +42,29 @@ def check_finite(w: Tensor, name: str) -> None:
         )
 
 
-def solve_site(site: Site, w: Tensor, scheme: Scheme, solver: Solver, fit: Fit, found: SiteStatistics) -> SolvedSite:
+def solve_site(site: Site, w: Tensor, scheme: Scheme, chain: Chain, found: SiteStatistics) -> SolvedSite:
     """The codes of `site` and its record; `w` float [out, in] (or rows of it), finite. Errors name the site."""
-    chosen: Solver = Nearest(fit) if any(getattr(found.stats, need) is None for need in solver.needs) else solver
+    is_blind = "hessian" in chain.solver.needs and found.stats.hessian is None
+    solver: Solver = Nearest(chain.fit) if is_blind else chain.solver
     try:
-        solution = chosen.solve(w if isinstance(chosen, Nearest) else w.float(), scheme, found.stats)
+        solution = solver.solve(w if isinstance(solver, Nearest) else w.float(), scheme, found.stats)
     except PennyweightError as failure:
         raise type(failure)(f"{site.name}: {failure}") from failure
-    every = max(1, -(-site.shape[0] // _SAMPLED_ROWS))
-    error, nearest = _errors(w, solution.weight, found.stats, every=every)
+    error, nearest = _errors(w, solution.weight, found.stats, every=_every(site))
     record = SiteRecord(site.name, scheme.name, error, nearest, found.rows, found.notes + solution.notes)
     return SolvedSite(solution.weight, record)
+
+
+def again_measured(
+    site: Site, w: Tensor, weight: QuantizedWeight, found: SiteStatistics, record: SiteRecord
+) -> SiteRecord:
+    """`record` with the error of the codes that came out of refining the block; that of nearest stays."""
+    error, _ = _errors(w, weight, found.stats, every=_every(site))
+    return replace(record, error=error)
+
+
+def _every(site: Site) -> int:
+    return max(1, -(-site.shape[0] // _SAMPLED_ROWS))
 
 
 def joined(parts: Sequence[SolvedSite]) -> SolvedSite:
@@ -61,13 +73,6 @@ def joined(parts: Sequence[SolvedSite]) -> SolvedSite:
         return parts[0]
     first = parts[0]
     weights = [part.weight for part in parts]
-    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
-    whole = QuantizedWeight(
-        torch.cat([weight.codes for weight in weights]),
-        torch.cat([weight.scales for weight in weights]),
-        torch.cat(zeros) if zeros else None,
-        first.weight.scheme,
-    )
     rows = [weight.shape[0] for weight in weights]
     error, nearest = (
         math.fsum(n * getattr(part.record, name) for n, part in zip(rows, parts, strict=True)) / sum(rows)
@@ -75,7 +80,7 @@ def joined(parts: Sequence[SolvedSite]) -> SolvedSite:
     )
     notes = tuple(dict.fromkeys(note for part in parts for note in part.record.notes))
     record = replace(first.record, error=error, error_nearest=nearest, notes=notes)
-    return SolvedSite(whole, record)
+    return SolvedSite(QuantizedWeight.join(weights), record)
 
 
 def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int) -> tuple[float, float]:
@@ -84,8 +89,8 @@ def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int
         return 0.0, 0.0
     rows = torch.arange(0, w.shape[0], every, device=w.device)
     sample = w[rows].float()
-    result = _take(weight, rows)
-    nearest = round_to_nearest(sample, result.scheme, result.scales, result.zeros)
+    result = weight.rows(rows)
+    nearest = round_to_nearest(sample, result.scheme, result.parameters)
     total = _energy(sample, stats.hessian)
     if total == 0:
         return 0.0, 0.0
@@ -93,12 +98,6 @@ def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int
     if torch.equal(nearest.codes, result.codes):
         return error, error
     return error, _energy(sample - nearest.dequantize(), stats.hessian) / total
-
-
-def _take(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
-    own = slice(None) if isinstance(weight.scheme.granularity, PerTensor) else rows
-    zeros = None if weight.zeros is None else weight.zeros[own]
-    return QuantizedWeight(weight.codes[rows], weight.scales[own], zeros, weight.scheme)
 
 
 def _energy(e: Tensor, hessian: Tensor | None) -> float:

@@ -1,20 +1,23 @@
-"""Schemes: number format + what shares a scale + how scales and zero points are stored; and the fitting of scales."""
+"""Schemes: number format + what shares a scale + how scales, zero points and offsets are stored; and their fitting."""
 
 from pennyweight.schemes.fit import fit_scales
 from pennyweight.schemes.names import parse_scheme
+from pennyweight.schemes.parameters import Decoded, Parameters
 from pennyweight.schemes.quantized import QuantizedWeight
-from pennyweight.schemes.scheme import (
+from pennyweight.schemes.scheme import Scheme
+from pennyweight.schemes.storage import (
     Granularity,
     PerChannel,
     PerGroup,
     PerTensor,
     ScaleSpec,
-    Scheme,
     ZeroSpec,
 )
 
 __all__ = [
+    "Decoded",
     "Granularity",
+    "Parameters",
     "PerChannel",
     "PerGroup",
     "PerTensor",

@@ -1,4 +1,4 @@
-"""The short names of schemes: `int4-g128`, `int4-g32-asym`, `int8-channel-bf16`."""
+"""The short names of schemes: `int4-g128`, `int4-g32-asym`, `nf4-g64`, `mxfp4`, `uint4-g32-offset-uint6x8.f16`."""
 
 from __future__ import annotations
 
@@ -6,47 +6,73 @@ import re
 
 from pennyweight.core.errors import UsageError
 from pennyweight.formats import number_format
-from pennyweight.schemes.scheme import (
-    Granularity,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    ScaleDtype,
-    ScaleSpec,
-    Scheme,
-    ZeroSpec,
-)
+from pennyweight.schemes.scheme import SHORT, WORDS, Scheme
+from pennyweight.schemes.storage import Granularity, PerChannel, PerGroup, PerTensor, ScaleSpec, ZeroSpec
 
+_KINDS = {short: dtype for dtype, short in SHORT.items()}
+_SPEC = r"[a-z][a-z0-9_]*(?:\.[a-z0-9]+)?"
 _NAME = re.compile(
-    r"(?P<element>[a-z0-9_]+)-(?P<shared>tensor|channel|g[1-9][0-9]{0,8})(?P<asym>-asym)?(?:-(?P<scale>f16|bf16|f32))?"
+    r"(?P<element>[a-z0-9_]+)-(?P<shared>tensor|channel|g[1-9][0-9]{0,8})"
+    rf"(?:-(?:(?P<asym>asym)|fzero(?:=(?P<zero>f16|bf16|f32|model))?(?P<fzero>)|offset(?:=(?P<offset>{_SPEC}))?(?P<has>)))?"
+    rf"(?:-(?P<scale>(?!(?:asym|fzero|offset)\b){_SPEC}))?"
 )
-_SCALES: dict[str | None, ScaleDtype] = {None: "model", "f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+_STORED = re.compile(r"(?P<format>[a-z][a-z0-9_]*?)(?:x(?P<span>[1-9][0-9]{0,8}))?(?:\.(?P<parent>[a-z0-9]+))?")
 
 
 def parse_scheme(name: str) -> Scheme:
-    """The scheme of a short name: FORMAT-(tensor|channel|gSIZE)[-asym][-(f16|bf16|f32)].
+    """The scheme of a short name: FORMAT-SHARED[-asym | -fzero[=TYPE] | -offset[=STORED]][-STORED], or a word.
 
-    Without the last part scales take the checkpoint's type. Raises UsageError.
+    FORMAT  a number format: int4, uint3, nf4, ternary, bal2, fp4_e2m1, fp8_e4m3 ...
+    SHARED  what shares a scale: tensor, channel, or g and the group size
+    -asym   integer zero points; -fzero float ones, of the scales' type or of TYPE; -offset offsets, stored like the
+            scales or as its own STORED says
+    STORED  how scales are stored: TYPE, by default the checkpoint's type; or a number format, alone (e8m0), with one
+            parent for the weight (fp8_e4m3.f32), or with a parent for so many scales (uint6x8.f16)
+    TYPE    f16, bf16, f32 or model
+    word    mxfp4, mxfp8, nvfp4
 
-    >>> parse_scheme("int4-g32-asym").name
-    'int4-g32-asym'
+    Raises UsageError.
+
+    >>> parse_scheme("int4-g32-asym").name, parse_scheme("fp4_e2m1-g32-e8m0").name
+    ('int4-g32-asym', 'mxfp4')
     """
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(WORDS.get(name, name))
     if match is None:
-        raise UsageError(
-            f"{name!r} is not the name of a scheme: write FORMAT-SHARED[-asym][-SCALE], for example int4-g128, "
-            "int4-g32-asym, int8-channel, int8-tensor-f32 (SHARED: tensor, channel or g and the group size; "
-            "SCALE: f16, bf16 or f32, by default the checkpoint's type)"
-        )
-    return Scheme(
-        element=number_format(match["element"]),
-        granularity=_granularity(match["shared"]),
-        scale=ScaleSpec(_SCALES[match["scale"]]),
-        zero=ZeroSpec() if match["asym"] else None,
-    )
+        raise _not_a_name(name)
+    scale = ScaleSpec() if match["scale"] is None else _spec(match["scale"], name)
+    zero = offset = None
+    if match["asym"] is not None:
+        zero = ZeroSpec()
+    elif match["fzero"] is not None:
+        zero = ZeroSpec(_KINDS[match["zero"] or SHORT[scale.root]])
+    elif match["has"] is not None:
+        offset = scale if match["offset"] is None else _spec(match["offset"], name)
+    return Scheme(number_format(match["element"]), _granularity(match["shared"]), scale, zero, offset)
+
+
+def _spec(text: str, name: str) -> ScaleSpec:
+    if text in _KINDS:
+        return ScaleSpec(_KINDS[text])
+    match = _STORED.fullmatch(text)
+    if match is None or match["parent"] not in {None, *_KINDS} or (match["span"] and not match["parent"]):
+        raise _not_a_name(name)
+    parent = None if match["parent"] is None else ScaleSpec(_KINDS[match["parent"]])
+    try:
+        return ScaleSpec(match["format"], parent, int(match["span"]) if match["span"] else None)
+    except UsageError as error:
+        raise _not_a_name(name) from error
 
 
 def _granularity(shared: str) -> Granularity:
     if shared == "tensor":
         return PerTensor()
     return PerChannel() if shared == "channel" else PerGroup(int(shared[1:]))
+
+
+def _not_a_name(name: str) -> UsageError:
+    return UsageError(
+        f"{name!r} is not the name of a scheme: write FORMAT-SHARED[-asym][-SCALE], for example int4-g128, "
+        "int4-g32-asym, int8-channel, nf4-g64, int4-g64-offset-f16, mxfp4 (SHARED: tensor, channel or g and the group "
+        "size; -asym integer zero points, -fzero float ones, -offset offsets; SCALE: f16, bf16, f32, by default the "
+        "checkpoint's type, or a number format as in e8m0, fp8_e4m3.f32, uint6x8.f16; words: mxfp4, mxfp8, nvfp4)"
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pennyweight.core.errors import ShapeError
 from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.schemes.parameters import Parameters
 from pennyweight.schemes.scheme import Scheme
 
 # Weights decoded at a time: the temporaries of a chunk stay in a core's second-level cache.
@@ -17,46 +18,68 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes, scales and zero points of one weight matrix.
+    """Codes and parameters of one weight matrix; raises ShapeError where they are not what the scheme stores.
 
     codes   uint8 [out, in], each below 2**bits
-    scales  [rows, groups] in the scheme's stored type (see Scheme.scale_shape)
-    zeros   int16 [rows, groups], values of the number format, or None when symmetric
+    scales, zeros, offsets, parents, offset_parents   see Parameters
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     scheme: Scheme
+    offsets: Tensor | None = None
+    parents: Tensor | None = None
+    offset_parents: Tensor | None = None
 
     def __post_init__(self) -> None:
-        expected = self.scheme.scale_shape(tuple(self.codes.shape))
-        if tuple(self.scales.shape) != expected or self.scales.dtype != self.scheme.scale.torch_dtype:
-            raise ShapeError(
-                f"{self.scheme}: scales {tuple(self.scales.shape)} {self.scales.dtype}, "
-                f"expected {expected} {self.scheme.scale.torch_dtype}"
-            )
-        if (self.zeros is None) != (self.scheme.zero is None) or (
-            self.zeros is not None and tuple(self.zeros.shape) != expected
-        ):
-            raise ShapeError(f"{self.scheme}: zero points must be {'absent' if self.scheme.zero is None else expected}")
+        self.parameters.check(self.scheme, tuple(self.codes.shape))
+
+    @staticmethod
+    def of(codes: Tensor, parameters: Parameters, scheme: Scheme) -> QuantizedWeight:
+        p = parameters
+        return QuantizedWeight(codes, p.scales, p.zeros, scheme, p.offsets, p.parents, p.offset_parents)
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(self.scales, self.zeros, self.offsets, self.parents, self.offset_parents)
 
     @property
     def shape(self) -> tuple[int, int]:
         return (self.codes.shape[0], self.codes.shape[1])
 
+    def rows(self, index: Tensor | slice) -> QuantizedWeight:
+        """Some rows of the weight; what is stored once for all rows stays."""
+        return QuantizedWeight.of(self.codes[index], self.parameters.rows(index, self.scheme), self.scheme)
+
+    @staticmethod
+    def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """The weight whose consecutive rows are `parts`, of one scheme that shares nothing between rows."""
+        if len(parts) == 1:
+            return parts[0]
+        parameters = Parameters.join([part.parameters for part in parts])
+        return QuantizedWeight.of(torch.cat([part.codes for part in parts]), parameters, parts[0].scheme)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] as compressed-tensors decodes it: (value - zero) * scale in the scale's type, cast."""
+        """The weight [out, in]: scale * (value - zero) or scale * value - offset in Scheme.arithmetic, cast.
+
+        For plain schemes that is the order and the type in which compressed-tensors decodes.
+        """
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         if not out.numel():
             return out
         codes, result = grouped(self.codes, self.scheme), grouped(out, self.scheme)
+        kind = self.scheme.arithmetic
+        given = self.parameters.decoded(self.scheme)
+        scales = given.scales.to(kind)[..., None]
+        zeros, offsets = (None if x is None else x.to(kind)[..., None] for x in (given.zeros, given.offsets))
 
         def rows(part: slice) -> None:
-            values = self.scheme.element.decode(codes[part]).to(self.scales.dtype)
-            if self.zeros is not None:
-                values.sub_(self.zeros[part].to(self.scales.dtype)[..., None])
-            result[part] = values.mul_(self.scales[part][..., None])
+            values = self.scheme.element.decode(codes[part]).to(kind)
+            if zeros is not None:
+                values.sub_(zeros[part])
+            values.mul_(scales[part])
+            result[part] = values if offsets is None else values.sub_(offsets[part])
 
         parallel_map(rows, chunks(codes.shape[0], max(1, _CHUNK // (codes.shape[1] * codes.shape[2]))))
         return out

@@ -1,104 +1,91 @@
-"""Granularity, how scales and zero points are stored, and the Scheme that puts them together."""
+"""The Scheme: a number format, what shares a scale, and how scales, zero points and offsets are stored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property
 
 import torch
 
 from pennyweight.core.errors import ShapeError, UsageError
 from pennyweight.formats import NumberFormat
+from pennyweight.formats.integer import Int
+from pennyweight.schemes.storage import FLOATS, Granularity, PerChannel, PerGroup, PerTensor, ScaleSpec, ZeroSpec
 
-ScaleDtype = Literal["model", "float16", "bfloat16", "float32"]
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_SHORT = {"float16": "-f16", "bfloat16": "-bf16", "float32": "-f32", "model": ""}
+# How names write the float types.
+SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "model": "model"}
+# Names that have become words of their own, and what they stand for.
+WORDS = {"mxfp4": "fp4_e2m1-g32-e8m0", "mxfp8": "fp8_e4m3-g32-e8m0", "nvfp4": "fp4_e2m1-g16-fp8_e4m3.f32"}
 
-
-@dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole weight."""
-
-
-@dataclass(frozen=True)
-class PerChannel:
-    """One scale for each output row."""
-
-
-@dataclass(frozen=True)
-class PerGroup:
-    """One scale for each run of `size` weights along the input axis of each row."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UsageError(f"a group of {self.size} weights does not exist: give a group size of at least 1")
-
-
-Granularity = PerTensor | PerChannel | PerGroup
-
-
-@dataclass(frozen=True)
-class ScaleSpec:
-    """The type in which scales are stored; "model" stands for the type of the checkpoint until a plan is made."""
-
-    dtype: ScaleDtype = "model"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        if self.dtype == "model":
-            raise UsageError("the scheme's scales have the model's type: fix it with Scheme.with_scale_dtype first")
-        return _DTYPES[self.dtype]
-
-    @property
-    def bits(self) -> int:
-        return self.torch_dtype.itemsize * 8
-
-
-@dataclass(frozen=True)
-class ZeroSpec:
-    """Integer zero points in the value domain of the number format, stored in as many bits as a code."""
+_MODEL = ScaleSpec()
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """weight = scale * (value(code) - zero), with `zero` 0 where the scheme has none (symmetric).
+    """weight = scale * (value(code) - zero) or scale * value(code) - offset; symmetric with neither.
 
     Two schemes are equal when they store the same bits. `name` prints the short name that `parse_scheme` reads.
     """
 
     element: NumberFormat
     granularity: Granularity
-    scale: ScaleSpec = ScaleSpec()
+    scale: ScaleSpec = _MODEL
     zero: ZeroSpec | None = None
+    offset: ScaleSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.zero is not None and self.offset is not None:
+            raise UsageError("a scheme has a zero point, an offset or neither, not both: drop one of them")
+        if self.element.smallest > 0:
+            raise UsageError(f"{self.element.name} holds scales only: it has neither a zero nor numbers below it")
+        if self.has_integer_zero and not isinstance(self.element, Int):
+            raise UsageError(
+                f"{self.element.name} has no integer zero points: use a float one (-fzero), an offset (-offset) or none"
+            )
 
     @property
+    def has_integer_zero(self) -> bool:
+        return self.zero is not None and self.zero.dtype == "integer"
+
+    @property
+    def is_plain(self) -> bool:
+        """Float scales with no zero point or an integer one: what every integer runtime has."""
+        return self.scale.element is None and self.offset is None and (self.zero is None or self.has_integer_zero)
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The type in which a reader computes weights: that of plain scales, else float32."""
+        return self.scale.torch_dtype if self.is_plain else torch.float32
+
+    @property
+    def rows_share(self) -> bool:
+        """Whether something is stored once for the whole weight, so that rows cannot be quantized by themselves."""
+        nested = (spec for spec in (self.scale, self.offset) if spec is not None and spec.parent is not None)
+        return isinstance(self.granularity, PerTensor) or any(spec.span is None for spec in nested)
+
+    @cached_property
     def name(self) -> str:
-        match self.granularity:
-            case PerTensor():
-                shared = "tensor"
-            case PerChannel():
-                shared = "channel"
-            case PerGroup(size):
-                shared = f"g{size}"
-        return f"{self.element.name}-{shared}{'-asym' if self.zero else ''}{_SHORT[self.scale.dtype]}"
+        return _name(self)
 
     def __str__(self) -> str:
         return self.name
 
     def with_scale_dtype(self, dtype: torch.dtype) -> Scheme:
-        """The same scheme with its scales stored as `dtype`, if it was left to the model; else unchanged."""
-        if self.scale.dtype != "model":
+        """The same scheme with `dtype` for whatever was left to the model's type."""
+        names = {kind: name for name, kind in FLOATS.items()}
+        zero = self.zero
+        specs = [spec for spec in (self.scale, self.offset) if spec is not None]
+        if (zero is None or zero.dtype != "model") and all(spec == spec.with_dtype("float32") for spec in specs):
             return self
-        names: dict[torch.dtype, ScaleDtype] = {
-            torch.float16: "float16",
-            torch.bfloat16: "bfloat16",
-            torch.float32: "float32",
-        }
         if dtype not in names:
             raise UsageError(f"scales can be stored as float16, bfloat16 or float32, not as {dtype}")
-        return replace(self, scale=ScaleSpec(names[dtype]))
+        fixed = names[dtype]
+        return replace(
+            self,
+            scale=self.scale.with_dtype(fixed),
+            zero=ZeroSpec(fixed) if zero is not None and zero.dtype == "model" else zero,
+            offset=None if self.offset is None else self.offset.with_dtype(fixed),
+        )
 
     def with_granularity(self, granularity: Granularity) -> Scheme:
         return replace(self, granularity=granularity)
@@ -115,7 +102,7 @@ class Scheme:
         return self.granularity.size
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """[rows, groups] of the scales (and zeros) of a weight of `shape` [out, in]; [1, 1] per tensor."""
+        """[rows, groups] of the scales (and zeros, offsets) of a weight of `shape` [out, in]; [1, 1] per tensor."""
         if len(shape) != 2:
             raise ShapeError(f"a weight of shape {tuple(shape)} cannot be quantized: give a matrix [out, in]")
         if isinstance(self.granularity, PerTensor):
@@ -124,7 +111,39 @@ class Scheme:
         return (shape[0], groups)
 
     def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Bits that hold a weight of `shape` [out, in]: its codes, scales and zero points, without any padding."""
-        rows, groups = self.scale_shape(shape)
-        zero_bits = self.element.bits if self.zero else 0
-        return shape[0] * shape[1] * self.element.bits + rows * groups * (self.scale.bits + zero_bits)
+        """Bits that hold a weight of `shape` [out, in]: its codes, scales, zero points or offsets, and their parents,
+        without any padding."""
+        scales = self.scale_shape(shape)
+        bits = shape[0] * shape[1] * self.element.bits + self.scale.storage_bits(scales)
+        if self.zero is not None:
+            each = self.element.bits if self.has_integer_zero else 8 * self.zero.torch_dtype.itemsize
+            bits += scales[0] * scales[1] * each
+        return bits if self.offset is None else bits + self.offset.storage_bits(scales)
+
+
+def _name(scheme: Scheme) -> str:
+    """The short name that `parse_scheme` reads; its shortest form."""
+    match scheme.granularity:
+        case PerTensor():
+            shared = "tensor"
+        case PerChannel():
+            shared = "channel"
+        case PerGroup(size):
+            shared = f"g{size}"
+    parts = [scheme.element.name, shared]
+    if scheme.has_integer_zero:
+        parts.append("asym")
+    elif scheme.zero is not None:
+        parts.append("fzero" if scheme.zero.dtype == scheme.scale.root else f"fzero={SHORT[scheme.zero.dtype]}")
+    elif scheme.offset is not None:
+        parts.append("offset" if scheme.offset == scheme.scale else f"offset={_spec_name(scheme.offset)}")
+    if scheme.scale != _MODEL:
+        parts.append(_spec_name(scheme.scale))
+    text = "-".join(parts)
+    return next((word for word, meaning in WORDS.items() if meaning == text), text)
+
+
+def _spec_name(spec: ScaleSpec) -> str:
+    span = "" if spec.span is None else f"x{spec.span}"
+    parent = "" if spec.parent is None else f".{SHORT[spec.parent.dtype]}"
+    return f"{SHORT.get(spec.dtype, spec.dtype)}{span}{parent}"

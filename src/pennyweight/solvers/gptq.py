@@ -14,7 +14,7 @@ from pennyweight.core.errors import NotPositiveDefiniteError, ShapeError
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.feedback import Grid, round_block_
 from pennyweight.kernels.matmul import matmul_nt
-from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme, fit_scales
+from pennyweight.schemes import Parameters, QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Need, Solution, Solver, Statistics
 from pennyweight.solvers.factorize import cholesky_
@@ -56,15 +56,15 @@ class Gptq:
                 f"gptq needs a Hessian of shape {(w.shape[1],) * 2}, not {given}: calibrate, or use nearest"
             )
         w = w.float()
-        scales, zeros = fit_scales(w, scheme, importance=stats.importance, fit=self.fit)
+        parameters = fit_scales(w, scheme, importance=stats.importance, fit=self.fit)
         if 0 in w.shape:
-            return Solution(round_to_nearest(w, scheme, scales, zeros))
+            return Solution(round_to_nearest(w, scheme, parameters))
         try:
             factor = stats.remember(("gptq", self.damping, self.block), lambda: self._factorize(stats))
         except NotPositiveDefiniteError as error:
-            return Solution(round_to_nearest(w, scheme, scales, zeros), (f"fell back to nearest: {error}",))
-        codes = _round_with_feedback(w, scheme, scales, zeros, factor)
-        return Solution(QuantizedWeight(codes, scales, zeros, scheme), factor.notes)
+            return Solution(round_to_nearest(w, scheme, parameters), (f"fell back to nearest: {error}",))
+        codes = _round_with_feedback(w, scheme, parameters, factor)
+        return Solution(QuantizedWeight.of(codes, parameters, scheme), factor.notes)
 
     def _factorize(self, stats: Statistics) -> Factor:
         assert stats.hessian is not None
@@ -121,19 +121,17 @@ class Factor:
         return Factor(order, blocks, within, before, notes)
 
 
-def _round_with_feedback(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None, factor: Factor) -> Tensor:
+def _round_with_feedback(w: Tensor, scheme: Scheme, parameters: Parameters, factor: Factor) -> Tensor:
     """Codes uint8 [out, in]; see Gptq."""
     groups = factor.order // scheme.group_size(w.shape[1])
 
     def rows(part: slice) -> Tensor:
-        own = slice(0, 1) if isinstance(scheme.granularity, PerTensor) else part
-        count = part.stop - part.start
-        grid = Grid(
-            scheme.element,
-            _by_group(scales[own], count),
-            None if zeros is None else _by_group(zeros[own], count),
-            scales.dtype,
+        given = parameters.rows(part, scheme).decoded(scheme)
+        scales, zeros, offsets = (
+            _by_group(x, part.stop - part.start) for x in (given.scales, given.zeros, given.offsets)
         )
+        assert scales is not None
+        grid = Grid(scheme.element, scales, zeros, scheme.arithmetic, offsets)
         values = _solve_rows(w[part].T[factor.order].contiguous(), grid, groups, factor)
         codes = torch.empty(values.shape, dtype=torch.uint8, device=w.device)
         codes[factor.order] = scheme.element.encode(values)
@@ -142,9 +140,9 @@ def _round_with_feedback(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tenso
     return torch.cat(parallel_map(rows, chunks(w.shape[0], _ROWS))).contiguous()
 
 
-def _by_group(parameters: Tensor, rows: int) -> Tensor:
-    """Scales or zeros [rows or 1, groups] as float32 [groups, rows]."""
-    return parameters.float().T.expand(-1, rows).contiguous()
+def _by_group(parameters: Tensor | None, rows: int) -> Tensor | None:
+    """Scales, zeros or offsets [rows or 1, groups] as [groups, rows]."""
+    return None if parameters is None else parameters.T.expand(-1, rows).contiguous()
 
 
 def _solve_rows(w: Tensor, grid: Grid, groups: Tensor, factor: Factor) -> Tensor:

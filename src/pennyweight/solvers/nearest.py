@@ -10,7 +10,7 @@ from torch import Tensor
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.formats import NumberFormat
 from pennyweight.kernels.native import as_stored, has_kernels, kernel_table, native
-from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales
+from pennyweight.schemes import Parameters, QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
 from pennyweight.schemes.quantized import grouped
 from pennyweight.solvers.base import Need, Solution, Solver, Statistics
@@ -22,7 +22,7 @@ _PASS = 1 << 21
 
 @dataclass(frozen=True)
 class Nearest:
-    """min over codes of |w - scale * (value(code) - zero)|, weight by weight.
+    """min over codes of |w - scale * (value(code) - zero)|, or |w - (scale * value(code) - offset)|, weight by weight.
 
     The scales are fitted first: `fit` "search" weighs the squared error by the Hessian's diagonal, "minmax" does not
     look at it.
@@ -34,25 +34,29 @@ class Nearest:
 
     def solve(self, w: Tensor, scheme: Scheme, stats: Statistics) -> Solution:
         """`w` may be of any float type: its weights are taken as they are stored."""
-        scales, zeros = fit_scales(w, scheme, importance=stats.importance, fit=self.fit)
-        return Solution(round_to_nearest(w, scheme, scales, zeros))
+        return Solution(round_to_nearest(w, scheme, fit_scales(w, scheme, importance=stats.importance, fit=self.fit)))
 
 
-def round_to_nearest(w: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None) -> QuantizedWeight:
-    """Codes of `w` float [out, in] for given scales and zeros: round(w / scale + zero), ties to even, saturating."""
+def round_to_nearest(w: Tensor, scheme: Scheme, parameters: Parameters) -> QuantizedWeight:
+    """Codes of `w` float [out, in] for given parameters: the value nearest to w / scale + zero or (w + offset) / scale,
+    ties to even, saturating."""
     if w.numel() == 0:
-        return QuantizedWeight(torch.zeros(w.shape, dtype=torch.uint8, device=w.device), scales, zeros, scheme)
+        codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
+        return QuantizedWeight.of(codes, parameters, scheme)
     view = grouped(w, scheme)
     codes = torch.empty(view.shape, dtype=torch.uint8, device=w.device)
+    given = parameters.decoded(scheme)
     is_native = has_kernels(w, scheme.element)
-    encode, weights = (_encode_native, _PASS) if is_native else (_encode, _CHUNK)
+    encode, weights_at_once = (_encode_native, _PASS) if is_native else (_encode, _CHUNK)
 
     def one(part: slice) -> None:
-        zero = None if zeros is None else zeros[part, :, None].float()
-        encode(view[part], scales[part, :, None].float(), zero, scheme.element, codes[part])
+        scales = given.scales[part, :, None]
+        zeros, offsets = (None if x is None else x[part, :, None] for x in (given.zeros, given.offsets))
+        weights = view[part] if offsets is None else view[part].float() + offsets
+        encode(weights, scales, zeros, scheme.element, codes[part])
 
-    parallel_map(one, chunks(view.shape[0], max(1, weights // (view.shape[1] * view.shape[2]))))
-    return QuantizedWeight(codes.reshape(w.shape), scales, zeros, scheme)
+    parallel_map(one, chunks(view.shape[0], max(1, weights_at_once // (view.shape[1] * view.shape[2]))))
+    return QuantizedWeight.of(codes.reshape(w.shape), parameters, scheme)
 
 
 def _encode(w: Tensor, scales: Tensor, zeros: Tensor | None, element: NumberFormat, codes: Tensor) -> None:

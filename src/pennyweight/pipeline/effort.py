@@ -1,0 +1,36 @@
+"""How much time a run may take, and which solvers that buys: `docs/effort.md` has the measurements behind the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Effort = Literal["fast", "normal", "best"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The names of what chooses codes, one after the other.
+
+    solver    of single sites
+    refine    of whole blocks, "none" to leave it out
+    recover   whether scales and norms are trained end to end at last
+    """
+
+    solver: str
+    refine: str = "none"
+    recover: bool = False
+
+
+# Without data nothing can be seen of the model but its weights, whatever the effort.
+_WITHOUT_DATA = Steps("nearest")
+_STEPS: dict[Effort, Steps] = {
+    "fast": Steps("gptq"),
+    "normal": Steps("gptq"),
+    "best": Steps("gptq"),
+}
+
+
+def steps_of(effort: Effort, *, has_data: bool) -> Steps:
+    """What `effort` does."""
+    return _STEPS[effort] if has_data else _WITHOUT_DATA

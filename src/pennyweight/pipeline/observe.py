@@ -1,0 +1,100 @@
+"""Running calibration data through a block and holding on to what its sites are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from pennyweight.models.intercept import Seen, Watched
+from pennyweight.models.streamed import Stream, StreamedModel
+
+# Tokens whose activations are held at once: a constant, so that sums are cut alike on every machine.
+_ROUND_TOKENS = 2048
+
+
+@dataclass
+class Inputs:
+    """What one batch showed.
+
+    leaders  site -> the site whose input it shares, itself if it was called first
+    inputs   leader -> its inputs [..., in], and the versions that these tensors had when it was called
+    copied   whether `inputs` are copies, for a block that changes its tensors in place
+    held     what was copied: no other input can take its memory, and so its key, while the batch runs
+    """
+
+    copied: bool
+    leaders: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_overwritten(self) -> bool:
+        return any(x._version != version for seen in self.inputs.values() for x, version in seen)
+
+    def take(self, leader: str) -> list[Tensor]:
+        """The inputs of `leader` as matrices [tokens, in], which are let go of."""
+        return [x.reshape(-1, x.shape[-1]) for x, _ in self.inputs.pop(leader, [])]
+
+
+def rounds(stream: Stream) -> list[list[int]]:
+    """Batches whose activations are held together."""
+    found: list[list[int]] = [[]]
+    tokens = 0
+    for batch, ids in enumerate(stream.input_ids):
+        if tokens and tokens + ids.numel() > _ROUND_TOKENS:
+            found.append([])
+            tokens = 0
+        found[-1].append(batch)
+        tokens += ids.numel()
+    return found
+
+
+class Observer:
+    """Runs an opened block on batches of a stream and gives what its sites saw, and the block's outputs."""
+
+    def __init__(self, model: StreamedModel, block: nn.Module, index: int) -> None:
+        self._model = model
+        self._block = block
+        self._index = index
+        self._watched: Watched = model.watched(model.sites_of(index))
+        # Learnt from the first batch that shows it.
+        self._copies = False
+
+    def run(self, stream: Stream, batches: Sequence[int]) -> tuple[list[Inputs], list[Tensor]]:
+        """Inputs and outputs of `batches`, which run in parallel; both in their order."""
+        found, outputs = self._once(stream, batches)
+        if any(batch.is_overwritten for batch in found):
+            self._copies = True
+            found, outputs = self._once(stream, batches)
+        return found, outputs
+
+    def _once(self, stream: Stream, batches: Sequence[int]) -> tuple[list[Inputs], list[Tensor]]:
+        found = {batch: Inputs(self._copies) for batch in batches}
+        outputs = self._model.run_block(
+            self._block,
+            self._index,
+            stream,
+            seen=lambda batch: _noting(found[batch]),
+            watched=self._watched,
+            batches=batches,
+        )
+        return [found[batch] for batch in batches], outputs
+
+
+def _noting(found: Inputs) -> Seen:
+    leader_of: dict[tuple[object, ...], str] = {}
+
+    def seen(names: list[str], x: Tensor) -> None:
+        key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
+        leader = leader_of.setdefault(key, names[0])
+        if leader == names[0]:
+            if found.copied:
+                found.held.append(x)
+            kept = x.clone() if found.copied else x
+            found.inputs.setdefault(leader, []).append((kept, kept._version))
+        for name in names:
+            found.leaders.setdefault(name, leader)
+
+    return seen

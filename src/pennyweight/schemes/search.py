@@ -1,0 +1,247 @@
+"""The search of scales, zero points and offsets, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pennyweight.kernels.native import STORED, as_stored, has_kernels, kernel_table, native
+from pennyweight.schemes.rounding import Stored, spread_of, stored_scales
+from pennyweight.schemes.scheme import Scheme
+
+# Shrink factors of the range that the search tries, widest first. Low widths gain from clipping far more.
+_GRIDS = {bits: tuple(1.0 - step * i for i in range(count)) for bits, step, count in (
+    (2, 0.05, 14), (3, 0.04, 14), (4, 0.03, 13), (5, 0.025, 10), (6, 0.02, 8), (7, 0.01, 8), (8, 0.005, 8),
+)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Scales, and zero points or offsets, already rounded to what is stored, as float32 [rows, groups, 1]."""
+
+    scales: Tensor
+    shifts: Tensor | None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of weights and how their parameters are stored.
+
+    w        float32 [rows, groups, size], contiguous; of any float type where only ranges are asked for
+    weights  importance that broadcasts over `w`, or None for ones
+    shifts   of offsets and of zero points that are floats
+    """
+
+    w: Tensor
+    weights: Tensor | None
+    scheme: Scheme
+    scales: Stored
+    shifts: Stored | None
+
+    def quantized(self, c: Candidate) -> Tensor:
+        """value(code) of each weight: the nearest one for these parameters."""
+        inverse = c.scales.reciprocal()
+        if c.shifts is None:
+            return self.scheme.element.nearest(self.w * inverse)
+        if self.scheme.offset is not None:
+            return self.scheme.element.nearest((self.w + c.shifts) * inverse)
+        return self.scheme.element.nearest(torch.mul(self.w, inverse).add_(c.shifts))
+
+    def error(self, c: Candidate) -> Tensor:
+        """sum_i importance_i (decoded_i - w_i)**2, [rows, groups, 1]."""
+        values = self.quantized(c)
+        if c.shifts is None:
+            decoded = values.mul_(c.scales)
+        elif self.scheme.offset is not None:
+            decoded = values.mul_(c.scales).sub_(c.shifts)
+        else:
+            decoded = values.sub_(c.shifts).mul_(c.scales)
+        return self.sum(decoded.sub_(self.w).square_())
+
+    def sum(self, x: Tensor) -> Tensor:
+        """sum_i importance_i x_i of each group; `x` may be edited."""
+        return (x if self.weights is None else x.mul_(self.weights)).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best candidate of each group so far, and its error."""
+
+    candidate: Candidate
+    error: Tensor
+
+    def or_better(self, groups: Groups, other: Candidate) -> _Best:
+        error = groups.error(other)
+        wins = error < self.error
+        mine, shifts = self.candidate, None
+        if other.shifts is not None and mine.shifts is not None:
+            shifts = torch.where(wins, other.shifts, mine.shifts)
+        chosen = Candidate(torch.where(wins, other.scales, mine.scales), shifts)
+        return _Best(chosen, torch.where(wins, error, self.error))
+
+
+def fit_groups(groups: Groups, *, is_searched: bool) -> Candidate:
+    """The best parameters of each group; where all weights of a group are equal, those that decode exactly."""
+    low, high = _range(groups)
+    found = _minmax(groups, low, high)
+    if is_searched:
+        is_native = has_kernels(groups.w, groups.scheme.element) and groups.scheme.is_plain
+        found = (_search_native if is_native else _search)(groups, found, low, high)
+    return _exact_where_constant(groups, found, low, high)
+
+
+def _range(groups: Groups) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of each group, [rows, groups, 1]."""
+    w = groups.w
+    library = native() if has_kernels(w, groups.scheme.element) else None
+    if library is None:
+        return w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    low, high = torch.empty(2, w.shape[0] * w.shape[1])
+    library.range_groups(as_stored(w).reshape(-1, w.shape[2]), low, high, kernel_table())
+    shape = (w.shape[0], w.shape[1], 1)
+    return low.reshape(shape), high.reshape(shape)
+
+
+def _minmax(groups: Groups, low: Tensor, high: Tensor) -> Candidate:
+    """The smallest scale that reaches both ends, and the zero point or offset that places the range."""
+    element = groups.scheme.element
+    if groups.scheme.zero is not None or groups.scheme.offset is not None:
+        return _placed(groups, low, high)
+    if element.smallest < 0:
+        return Candidate(groups.scales.nonzero(torch.maximum(high / element.largest, low / element.smallest)), None)
+    # Without values below zero only one sign can be held: that of the larger extreme.
+    return Candidate(groups.scales.nonzero(torch.where(-low > high, low, high) / element.largest), None)
+
+
+def _placed(groups: Groups, low: Tensor, high: Tensor, factor: float = 1.0) -> Candidate:
+    """The range from `low` to `high`, times `factor`, as a scale and a zero point or an offset."""
+    scheme, smallest = groups.scheme, groups.scheme.element.smallest
+    if groups.shifts is None or not groups.shifts.is_signed:
+        # An integer zero point lies in the range of the codes, so 0 is in that of the weights.
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    low = low * factor
+    scales = groups.scales.nonzero((high * factor - low) / spread_of(scheme))
+    if scheme.offset is not None:
+        assert groups.shifts is not None
+        return Candidate(scales, groups.shifts.nearest(smallest * scales - low))
+    zeros = smallest - low / scales
+    if groups.shifts is not None:
+        return Candidate(scales, groups.shifts.nearest(zeros))
+    return Candidate(scales, zeros.round_().clamp_(smallest, scheme.element.largest))
+
+
+def _search(groups: Groups, first: Candidate, low: Tensor, high: Tensor) -> Candidate:
+    best = _Best(first, groups.error(first))
+    for candidate in _candidates(groups, low, high):
+        best = best.or_better(groups, candidate)
+    for _ in range(2):
+        best = best.or_better(groups, _least_squares(groups, best.candidate))
+    return best.candidate
+
+
+def _search_native(groups: Groups, first: Candidate, low: Tensor, high: Tensor) -> Candidate:
+    """The same as `_search` for integers and plain schemes, up to the order of sums."""
+    library = native()
+    assert library is not None
+    scheme = groups.scheme
+    rows, count, size = groups.w.shape
+    scales = first.scales.flatten().clone()
+    zeros = None if first.shifts is None else first.shifts.flatten().clone()
+    library.search_groups(
+        groups.w.reshape(rows * count, size),
+        None if groups.weights is None else groups.weights.reshape(-1, size),
+        scales,
+        zeros,
+        torch.tensor(_factors(scheme)),
+        scheme.element.smallest,
+        scheme.element.largest,
+        groups.scales.limit,
+        float(groups.scales.smallest),
+        STORED[scheme.scale.torch_dtype],
+        kernel_table(),
+    )
+    shape = (rows, count, 1)
+    return Candidate(scales.reshape(shape), None if zeros is None else zeros.reshape(shape))
+
+
+def _candidates(groups: Groups, low: Tensor, high: Tensor) -> Iterator[Candidate]:
+    scheme, smallest, largest = groups.scheme, groups.scheme.element.smallest, groups.scheme.element.largest
+    if scheme.zero is not None or scheme.offset is not None:
+        for factor in _factors(scheme):
+            yield _placed(groups, low, high, factor)
+        return
+    # The side of the range with one more value faces the larger extreme, if need be by a negative scale.
+    extreme = torch.where(-low >= high, low, high)
+    full = extreme / smallest if smallest < 0 else extreme / largest
+    for factor in _factors(scheme):
+        yield Candidate(groups.scales.nonzero(full * factor), None)
+
+
+def _factors(scheme: Scheme) -> tuple[float, ...]:
+    """What the search multiplies the full range by."""
+    shrinking = _GRIDS[scheme.element.bits]
+    # Upwards too: at few bits the largest weight may sit best one value below the end of the range.
+    return shrinking if scheme.zero is not None else (1.15, *shrinking)
+
+
+def _least_squares(groups: Groups, c: Candidate) -> Candidate:
+    """The scale that is best for the codes of `c`: s = sum(h w q) / sum(h q q), q = value - zero."""
+    q = groups.quantized(c)
+    w = groups.w
+    if c.shifts is not None:
+        w = w + c.shifts if groups.scheme.offset is not None else w
+        q = q if groups.scheme.offset is not None else q - c.shifts
+    over = groups.sum(q * q)
+    scale = torch.where(over > 0, groups.sum(q * w) / over, c.scales)
+    return Candidate(groups.scales.nonzero(scale), c.shifts)
+
+
+def _exact_where_constant(groups: Groups, best: Candidate, low: Tensor, high: Tensor) -> Candidate:
+    """Groups of one value c, and of zeros: see `_exact`. The rest stays as it is."""
+    scheme = groups.scheme
+    scales = stored_scales(scheme, reach=1.0)
+    if scheme.scale.element is not None:
+        scales = groups.scales
+    exact = _exact(groups, scales, low)
+    # A constant beyond the stored type has no such scale: it keeps the range that reaches furthest.
+    constant = (low == high) & (low.abs() <= scales.limit)
+    if scheme.scale.element is not None or (groups.shifts is not None and groups.shifts.spec.element is not None):
+        # Codes may hold it less well than what was found.
+        constant = constant & (groups.error(exact) < groups.error(best))
+    shifts = None
+    if best.shifts is not None and exact.shifts is not None:
+        shifts = torch.where(constant, exact.shifts, best.shifts)
+    return Candidate(torch.where(constant, exact.scales, best.scales), shifts)
+
+
+def _exact(groups: Groups, scales: Stored, constant: Tensor) -> Candidate:
+    """Scale |c| / u with the values u and -u, u a power of two of the format; scale 1 for zeros.
+
+    Where the format has no -u and nothing shifts it: scale c / u. Unsigned integers reach below zero only from a zero
+    point of 1. A float zero point turns the value v nearest to zero into 0 for zeros, else into 1 by way of v - 1, with
+    scale c.
+    """
+    scheme, element = groups.scheme, groups.scheme.element
+    unit, has_both = _unit(scheme)
+    zeros = torch.zeros_like(constant)
+    if groups.shifts is not None and scheme.zero is not None:
+        base = float(element.nearest(zeros[:1, :1, :1]))
+        shift = torch.where(constant == 0, base, base - 1.0)
+        return Candidate(torch.where(constant == 0, 1.0, scales.nonzero(constant)), shift)
+    has_sign = scales.is_signed and not (has_both or scheme.has_integer_zero)
+    wanted = (constant if has_sign else constant.abs()) / unit
+    scale = torch.where(constant == 0, scales.nonzero(torch.ones_like(wanted)), scales.nonzero(wanted))
+    if scheme.zero is None and scheme.offset is None:
+        return Candidate(scale, None)
+    return Candidate(scale, torch.where(constant < 0, 1.0, 0.0) if element.smallest >= 0 and scheme.zero else zeros)
+
+
+def _unit(scheme: Scheme) -> tuple[float, bool]:
+    """The largest power of two up to 1 among the values, and whether its negative is one too."""
+    codes = torch.arange(2**scheme.element.bits, dtype=torch.uint8)
+    values = set(scheme.element.decode(codes).tolist())
+    unit = next((2.0**-k for k in range(24) if 2.0**-k in values), scheme.element.largest)
+    return unit, -unit in values
