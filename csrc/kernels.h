@@ -60,6 +60,20 @@ struct EncodeGroups {
   float largest;
 };
 
+// Columns of a panel: a pair of consecutive rows of that many columns, bfloat16, the first row in the low half of each
+// word; a panel [pairs, kPanelColumns] is contiguous.
+constexpr std::size_t kPanelColumns = 64;
+
+// total += x xᵀ for the panels of x [2 * pairs, columns], tiles on and above the diagonal of panels only.
+struct AddProducts {
+  const std::uint32_t* panels;  // [columns / kPanelColumns, pairs, kPanelColumns]
+  float* total;                 // [columns, columns]
+  std::size_t columns;
+  std::size_t pairs;
+  std::size_t left_begin, left_end;    // panels that are rows of `total`
+  std::size_t right_begin, right_end;  // panels that are its columns
+};
+
 struct Kernels {
   const char* name;
   // Smallest and largest of each group [size] of float32 or bfloat16, written to `low` and `high` [groups].
@@ -74,6 +88,12 @@ struct Kernels {
   // GPTQ within one block, last column first: round, decode, add the error times a row of `lower` to the targets of the
   // columns still to come. The twin in torch is pennyweight.kernels.feedback._round_block.
   void (*round_block)(const RoundBlock& block);
+  // A panel of x [rows, columns]; a last row without a partner is paired with zeros. Null where the processor cannot
+  // multiply bfloat16.
+  void (*pair_rows)(const std::uint16_t* x, std::size_t rows, std::size_t columns, std::size_t panel,
+                    std::uint32_t* out);
+  // Null where pair_rows is. Sums in float32. The twin in torch is pennyweight.stats.second_moment._add_products.
+  void (*add_products)(const AddProducts& products);
 };
 
 // Upper bound on the names that instruction_sets() writes, and on the tables that tables() writes.
@@ -91,6 +111,7 @@ extern const Kernels kScalarKernels;
 #if defined(PENNYWEIGHT_X86_KERNELS)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 
 }  // namespace pennyweight

@@ -165,6 +165,51 @@ void pack_nibbles(ConstBytes codes, Bytes packed, const std::string& kernels) {
   chosen.pack_nibbles(from, bytes, to);
 }
 
+using Halves = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Panels = nb::ndarray<std::uint32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using ConstPanels = nb::ndarray<const std::uint32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+const pennyweight::Kernels& multiplying(const std::string& kernels) {
+  const pennyweight::Kernels& chosen = table(kernels);
+  if (chosen.pair_rows == nullptr) throw std::invalid_argument(kernels + ": these kernels do not multiply bfloat16");
+  return chosen;
+}
+
+template <typename Array>
+void expect_panels(const Array& panels, std::size_t columns, std::size_t rows) {
+  if (panels.shape(0) * pennyweight::kPanelColumns != columns || panels.shape(1) != (rows + 1) / 2 ||
+      panels.shape(2) != pennyweight::kPanelColumns) {
+    throw std::invalid_argument("panels: [columns / 64, pairs of rows, 64] are expected");
+  }
+}
+
+void pair_rows(Halves x, std::size_t panel, Panels panels, const std::string& kernels) {
+  const std::size_t rows = x.shape(0);
+  const std::size_t columns = x.shape(1);
+  expect_panels(panels, columns, rows);
+  if (panel >= panels.shape(0)) throw std::invalid_argument("panel: there is none of this number");
+  const pennyweight::Kernels& chosen = multiplying(kernels);
+  const std::uint16_t* from = x.data();
+  std::uint32_t* to = panels.data() + panel * panels.shape(1) * pennyweight::kPanelColumns;
+  nb::gil_scoped_release release;
+  chosen.pair_rows(from, rows, columns, panel, to);
+}
+
+void add_products(ConstPanels panels, Matrix total, std::size_t left_begin, std::size_t left_end,
+                  std::size_t right_begin, std::size_t right_end, const std::string& kernels) {
+  const std::size_t columns = total.shape(0);
+  expect(total, columns, columns, "total");
+  expect_panels(panels, columns, 2 * panels.shape(1));
+  if (left_end > panels.shape(0) || right_end > panels.shape(0)) {
+    throw std::invalid_argument("left_end and right_end: panels that are there are expected");
+  }
+  const pennyweight::Kernels& chosen = multiplying(kernels);
+  const pennyweight::AddProducts products{panels.data(), total.data(), columns,     panels.shape(1),
+                                          left_begin,    left_end,     right_begin, right_end};
+  nb::gil_scoped_release release;
+  chosen.add_products(products);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -206,6 +251,13 @@ NB_MODULE(_native, module) {
              nb::arg("zeros").none(), nb::arg("factors"), nb::arg("smallest"), nb::arg("largest"), nb::arg("limit"),
              nb::arg("tiny"), nb::arg("stored"), nb::arg("kernels"),
              "Search of scales for groups [groups, size]; see kernels.h. `scales` and `zeros` are written.");
+
+  module.def("pair_rows", &pair_rows, nb::arg("x"), nb::arg("panel"), nb::arg("panels"), nb::arg("kernels"),
+             "One of the panels [columns / 64, pairs, 64] of x [rows, columns], bfloat16 as uint16; it is written.");
+
+  module.def("add_products", &add_products, nb::arg("panels"), nb::arg("total"), nb::arg("left_begin"),
+             nb::arg("left_end"), nb::arg("right_begin"), nb::arg("right_end"), nb::arg("kernels"),
+             "The product of panels, added to `total` [columns, columns] on and above the diagonal; see kernels.h.");
 
   module.def("round_block", &round_block, nb::arg("targets"), nb::arg("weights"), nb::arg("values"), nb::arg("errors"),
              nb::arg("lower"), nb::arg("scales"), nb::arg("zeros").none(), nb::arg("groups"), nb::arg("smallest"),
