@@ -19,6 +19,7 @@ from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Need, Solution, Solver, Statistics
 from pennyweight.solvers.factorize import cholesky_
 from pennyweight.solvers.nearest import round_to_nearest
+from pennyweight.solvers.ordering import columns_first, permuted, rows_first
 
 # Rows solved together by one thread.
 _ROWS = 1024
@@ -74,7 +75,7 @@ class Gptq:
         mean = diagonal.mean()
         for attempt in range(4):
             damping = self.damping * 10**attempt
-            damped = _permuted(stats.hessian, order)
+            damped = permuted(stats.hessian, order)
             dead = damped.diagonal() <= 0
             damped.diagonal().add_(damping * mean).masked_fill_(dead, 1.0)
             try:
@@ -84,17 +85,6 @@ class Gptq:
             notes = () if attempt == 0 else (f"damping raised from {self.damping:g} to {damping:g}",)
             return Factor.of(lower.div_(lower.diagonal().clone()), order, block=self.block, notes=notes)
         raise NotPositiveDefiniteError(f"the Hessian could not be factorised with damping up to {damping:g}")
-
-
-def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
-    """hessian[order][:, order], with one copy of it in memory."""
-    permuted = hessian[order]
-
-    def columns(rows: slice) -> None:
-        permuted[rows] = permuted[rows][:, order]
-
-    parallel_map(columns, chunks(len(order), _ROWS // 4))
-    return permuted
 
 
 @dataclass(frozen=True)
@@ -132,10 +122,8 @@ def _round_with_feedback(w: Tensor, scheme: Scheme, parameters: Parameters, fact
         )
         assert scales is not None
         grid = Grid(scheme.element, scales, zeros, scheme.arithmetic, offsets)
-        values = _solve_rows(w[part].T[factor.order].contiguous(), grid, groups, factor)
-        codes = torch.empty(values.shape, dtype=torch.uint8, device=w.device)
-        codes[factor.order] = scheme.element.encode(values)
-        return codes.T
+        values = _solve_rows(columns_first(w[part], factor.order), grid, groups, factor)
+        return rows_first(scheme.element.encode(values), factor.order)
 
     return torch.cat(parallel_map(rows, chunks(w.shape[0], _ROWS))).contiguous()
 
