@@ -35,7 +35,7 @@ struct SearchGroups {
   const float* importance;  // [importance_groups, size], repeated over the groups; or null
   float* scales;            // [groups]; in: the first candidate, out: the best
   float* zeros;             // [groups], the same; or null
-  const float* factors;     // [factor_count]: of the full range, tried in this order
+  const float* factors;     // [factor_count, 1], with zeros [factor_count, 2]: of the range, tried in this order
   std::size_t factor_count;
   std::size_t groups;
   std::size_t size;

@@ -76,7 +76,7 @@ using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector scales, std::optional<Vector> zeros,
-                   ConstVector factors, float smallest, float largest, float limit, float tiny, int stored,
+                   ConstMatrix factors, float smallest, float largest, float limit, float tiny, int stored,
                    const std::string& kernels) {
   const std::size_t groups = w.shape(0);
   const std::size_t size = w.shape(1);
@@ -86,6 +86,7 @@ void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector 
   if (scales.shape(0) != groups || (zeros && zeros->shape(0) != groups)) {
     throw std::invalid_argument("scales and zeros: one for each group is expected");
   }
+  expect(factors, factors.shape(0), zeros ? 2 : 1, "factors");
   if (stored < 0 || stored > 2) throw std::invalid_argument("stored: 0, 1 or 2 is expected");
   const pennyweight::Kernels& chosen = table(kernels);
   const pennyweight::SearchGroups search{w.data(),

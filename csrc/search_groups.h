@@ -9,7 +9,9 @@ namespace {
 
 // Partial sums, each over every kLanes-th weight: the same order of additions whatever the width of the vectors.
 constexpr std::size_t kLanes = 16;
-constexpr int kLeastSquaresSteps = 2;
+// Bounds on what nearly always ends earlier, because the group gains no more.
+constexpr int kLeastSquaresSteps = 8;
+constexpr int kMoves = 3;
 
 // One group; `importance` is null for ones.
 struct Group {
@@ -77,19 +79,59 @@ inline float stored_scale(const SearchGroups& s, float scale) {
   return rounded == 0.0f ? s.tiny : rounded;
 }
 
-// The range of a group, times `factor`, as a scale and a zero.
-inline Candidate shrunk(const SearchGroups& s, float low, float high, float factor) {
+// The range of a group as a scale and a zero: times one factor, or each of its ends times its own.
+inline Candidate shrunk(const SearchGroups& s, float low, float high, const float* factors) {
   if (s.zeros == nullptr) {
     const float extreme = -low >= high ? low : high;
     const float full = extreme / (s.smallest < 0.0f ? s.smallest : s.largest);
-    return {stored_scale(s, full * factor), 0.0f};
+    return {stored_scale(s, full * factors[0]), 0.0f};
   }
-  low = min_of(low, 0.0f);
-  high = max_of(high, 0.0f);
-  const float scale = stored_scale(s, (high - low) * (factor / (s.largest - s.smallest)));
+  low = min_of(low, 0.0f) * factors[0];
+  high = max_of(high, 0.0f) * factors[1];
+  const float scale = stored_scale(s, (high - low) / (s.largest - s.smallest));
   // Clamped before it is rounded, which gives the same whole number and keeps the rounding in its domain.
-  const float zero = min_of(max_of(s.smallest - low * factor / scale, s.smallest), s.largest);
+  const float zero = min_of(max_of(s.smallest - low / scale, s.smallest), s.largest);
   return {scale, round_even(zero)};
+}
+
+// A candidate with its sums.
+struct Found {
+  Candidate candidate;
+  Sums sums;
+};
+
+template <bool kWeighted>
+inline Found found(const SearchGroups& s, const Group& g, Candidate c) {
+  return {c, sums_of<kWeighted, true>(g, c, s.smallest, s.largest)};
+}
+
+// With the scale that is best for the codes of `from`; `from` itself where all of them are zero.
+template <bool kWeighted>
+inline Found least_squares(const SearchGroups& s, const Group& g, const Found& from) {
+  if (!(from.sums.qq > 0.0f)) return from;
+  return found<kWeighted>(s, g, {stored_scale(s, from.sums.wq / from.sums.qq), from.candidate.zero});
+}
+
+// Least squares and rounding to nearest in turns, until the group gains no more.
+template <bool kWeighted>
+inline Found settled(const SearchGroups& s, const Group& g, Found best) {
+  for (int step = 0; step < kLeastSquaresSteps; ++step) {
+    const Found next = least_squares<kWeighted>(s, g, best);
+    if (!(next.sums.error < best.sums.error)) break;
+    best = next;
+  }
+  return best;
+}
+
+// Zero points one beside that of `best`, each with the scale that is best for its codes.
+template <bool kWeighted>
+inline Found moved(const SearchGroups& s, const Group& g, Found best) {
+  for (float step = -1.0f; step <= 1.0f; step += 2.0f) {
+    const float zero = min_of(max_of(best.candidate.zero + step, s.smallest), s.largest);
+    const Found next = least_squares<kWeighted>(s, g, found<kWeighted>(s, g, {best.candidate.scale, zero}));
+    if (next.sums.error < best.sums.error) best = next;
+  }
+  return settled<kWeighted>(s, g, best);
 }
 
 template <bool kWeighted>
@@ -101,24 +143,23 @@ void search_group(const SearchGroups& s, const Group& g, float* scale, float* ze
   }
   Candidate best = {*scale, zero == nullptr ? 0.0f : *zero};
   float lowest = sums_of<kWeighted, false>(g, best, s.smallest, s.largest).error;
+  const std::size_t ends = zero == nullptr ? 1 : 2;
   for (std::size_t f = 0; f < s.factor_count; ++f) {
-    const Candidate next = shrunk(s, low, high, s.factors[f]);
+    const Candidate next = shrunk(s, low, high, s.factors + f * ends);
     const float error = sums_of<kWeighted, false>(g, next, s.smallest, s.largest).error;
     if (error < lowest) {
       best = next;
       lowest = error;
     }
   }
-  Sums sums = sums_of<kWeighted, true>(g, best, s.smallest, s.largest);
-  for (int step = 0; step < kLeastSquaresSteps && sums.qq > 0.0f; ++step) {
-    const Candidate next = {stored_scale(s, sums.wq / sums.qq), best.zero};
-    const Sums after = sums_of<kWeighted, true>(g, next, s.smallest, s.largest);
-    if (!(after.error < sums.error)) break;
-    best = next;
-    sums = after;
+  Found chosen = settled<kWeighted>(s, g, found<kWeighted>(s, g, best));
+  for (int move = 0; zero != nullptr && move < kMoves; ++move) {
+    const Found next = moved<kWeighted>(s, g, chosen);
+    if (!(next.sums.error < chosen.sums.error)) break;
+    chosen = next;
   }
-  *scale = best.scale;
-  if (zero != nullptr) *zero = best.zero;
+  *scale = chosen.candidate.scale;
+  if (zero != nullptr) *zero = chosen.candidate.zero;
 }
 
 void search_groups(const SearchGroups& s) {

@@ -48,10 +48,10 @@ def _round_block(native: Any, table: str, columns: int, rows: int, stored: int) 
 
 
 def _search_groups(native: Any, table: str, groups: int, size: int, stored: int) -> None:
-    w, factors = _matrix(groups, size), _matrix(3, step=0.1)
+    w = _matrix(groups, size)
     for importance in (None, _matrix(1, size, step=0.01)):
         for zeros in (None, _matrix(groups, step=0.0)):
-            scales = _matrix(groups, step=0.0)
+            scales, factors = _matrix(groups, step=0.0), _matrix(3, 1 if zeros is None else 2, step=0.1)
             native.search_groups(w, importance, scales, zeros, factors, -8.0, 7.0, 1e30, 1e-30, stored, table)
             codes = memoryview(bytearray(groups * size)).cast("B", shape=[groups, size])
             native.encode_groups(w, scales, zeros, codes, -8.0, 7.0, table)

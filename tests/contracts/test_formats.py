@@ -21,10 +21,15 @@ def all_codes(element: NumberFormat) -> Tensor:
 
 
 def emitted(element: NumberFormat) -> Tensor:
-    """The codes that an encoder may give: those of the finite values between the ends."""
+    """The codes that an encoder may give: those of the finite values between the ends, without a zero below zero."""
     codes = all_codes(element)
     values = element.decode(codes)
-    return codes[values.isfinite() & (values >= element.smallest) & (values <= element.largest)]
+    return codes[
+        ~((values == 0) & values.signbit())
+        & values.isfinite()
+        & (values >= element.smallest)
+        & (values <= element.largest)
+    ]
 
 
 def table(element: NumberFormat) -> np.ndarray:

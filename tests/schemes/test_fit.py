@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -32,6 +34,20 @@ NAMES = [
 ]  # fmt: skip
 
 
+NEW = [
+    "nf4-g8-f16", "ternary-g16-bf16", "fp4_e2m1-channel-f32", "fp8_e4m3-g8-f16", "fp8_e5m2-tensor-bf16",
+    "int4-g8-offset-f16", "uint3-channel-offset-f32", "int3-g8-fzero-bf16", "int2-tensor-fzero=f16-f32",
+    "bal2-g8-offset-f32", "bal2-g16-fzero-f16",
+]  # fmt: skip
+EXACT = NAMES + NEW
+# Scales that are codes: what they hold exactly depends on their values.
+CODED = [
+    "fp4_e2m1-g8-e8m0", "fp8_e4m3-g16-e8m0", "fp4_e2m1-g8-fp8_e4m3.f32", "uint4-g8-offset-uint6x2.f16",
+    "int6-g8-int8x2.f16", "bal2-g8-offset=f16-fp8_e5m2.bf16", "int3-g8-fzero=f16-fp8_e4m3", "nf4-g16-e8m0",
+]  # fmt: skip
+ALL = [*EXACT, "bal2-g8-f16", *CODED]
+
+
 def fitted(w: Tensor, name: str, *, importance: Tensor | None = None, fit: Fit = "search") -> QuantizedWeight:
     scheme = parse_scheme(name)
     return round_to_nearest(w, scheme, fit_scales(w, scheme, importance=importance, fit=fit))
@@ -41,10 +57,17 @@ def group_errors(w: Tensor, weight: QuantizedWeight, importance: Tensor | None =
     """sum_i importance_i * (w_i - scale * (value_i - zero))**2 of each group in float64, the product not rounded."""
     scheme = weight.scheme
     values = grouped(scheme.element.decode(weight.codes).double(), scheme)
-    zeros = 0 if weight.zeros is None else weight.zeros.double()[..., None]
-    error = grouped(w.double(), scheme) - weight.scales.double()[..., None] * (values - zeros)
+    given = weight.parameters.decoded(scheme)
+    zeros, offsets = (0 if x is None else x.double()[..., None] for x in (given.zeros, given.offsets))
+    error = grouped(w.double(), scheme) - given.scales.double()[..., None] * (values - zeros) + offsets
     columns = torch.ones(w.shape[1], dtype=torch.float64) if importance is None else importance.double()
     return (error.square() * grouped(columns.expand(w.shape), scheme)).sum(-1)
+
+
+def assert_same(one: QuantizedWeight, other: QuantizedWeight) -> None:
+    assert torch.equal(one.codes, other.codes)
+    for mine, theirs in zip(astuple(one.parameters), astuple(other.parameters), strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
 
 
 def cauchy(rows: int, cols: int, seed: int) -> Tensor:
@@ -54,7 +77,8 @@ def cauchy(rows: int, cols: int, seed: int) -> Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(NAMES),
+    # Without parents: those of the search are others than those of min-max, group by group better or worse.
+    name=st.sampled_from([name for name in ALL if "." not in name]),
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 6),
     groups=st.integers(1, 3),
@@ -83,6 +107,88 @@ def test_the_search_gains_what_low_widths_can_gain(name: str) -> None:
     assert search < 0.95 * minmax
 
 
+def best_of_all(w: Tensor, name: str, parameters: Iterable[Parameters]) -> float:
+    """The sum over groups of the least error that any of `parameters` gives."""
+    scheme = parse_scheme(name)
+    best = None
+    for tried in parameters:
+        error = group_errors(w, round_to_nearest(w, scheme, tried))
+        best = error if best is None else torch.minimum(best, error)
+    assert best is not None
+    return float(best.sum())
+
+
+def test_the_search_comes_close_to_trying_every_scale_and_zero_point() -> None:
+    w = torch.randn(16, 64)
+    shape = (16, 2)
+    full = (grouped(w, parse_scheme("int3-g32-asym-f32"))).amax(-1) - grouped(w, parse_scheme("int3-g32-f32")).amin(-1)
+
+    def all_of_them() -> Iterator[Parameters]:
+        for factor in torch.linspace(0.5, 1.3, 80):
+            for zero in range(-4, 4):
+                yield Parameters(full * factor / 7, torch.full(shape, zero, dtype=torch.int16))
+
+    found = group_errors(w, fitted(w, "int3-g32-asym-f32")).sum()
+    assert found < 1.01 * best_of_all(w, "int3-g32-asym-f32", all_of_them())
+
+
+@pytest.mark.parametrize("kind", ["offset", "fzero"])
+def test_the_search_comes_close_to_trying_every_scale_and_offset(kind: str) -> None:
+    w = torch.randn(16, 64) + 0.3
+    low, high = grouped(w, parse_scheme("uint3-g32-f32")).aminmax(dim=-1)
+
+    def all_of_them() -> Iterator[Parameters]:
+        for factor in torch.linspace(0.5, 1.1, 60):
+            for shift in torch.linspace(-0.25, 0.25, 21):
+                scale = (high - low) * factor / 7
+                offset = -(low + (high - low) * ((1 - factor) / 2 + shift))
+                yield Parameters(scale, offset / scale) if kind == "fzero" else Parameters(scale, offsets=offset)
+
+    name = f"uint3-g32-{kind}-f32"
+    assert group_errors(w, fitted(w, name)).sum() < 1.005 * best_of_all(w, name, all_of_them())
+
+
+@pytest.mark.parametrize("kind", ["offset", "fzero"])
+def test_scale_and_offset_solve_the_normal_equations_of_their_codes(kind: str) -> None:
+    w, importance = torch.randn(4, 32) + 0.3, torch.rand(32) + 0.1
+    weight = fitted(w, f"int3-channel-{kind}-f32", importance=importance)
+    given = weight.parameters.decoded(weight.scheme)
+    values, h = weight.scheme.element.decode(weight.codes).double(), importance.double()
+    for row in range(4):
+        design = torch.stack([values[row], -torch.ones(32, dtype=torch.float64)], dim=1)
+        scale, offset = torch.linalg.solve(design.T @ (h[:, None] * design), design.T @ (h * w[row].double()))
+        shift = (given.offsets if kind == "offset" else given.scales * given.zeros)[row]  # type: ignore[index,operator]
+        # float32 sums of 32 numbers, and a system whose condition is about ten.
+        assert given.scales[row].item() == pytest.approx(scale.item(), rel=1e-4)
+        assert shift.item() == pytest.approx(offset.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int2-g8-f32", "int3-g8-f32", "nf4-g8-f32"])
+def test_a_scale_below_zero_serves_a_range_that_is_longer_above_it(name: str) -> None:
+    """Levels that hold these groups exactly, but only mirrored."""
+    element = parse_scheme(name).element
+    values = element.decode(torch.arange(8, dtype=torch.uint8) % 2**element.bits)
+    w = -0.25 * values.repeat(4, 1)
+    weight = fitted(w, name)
+    assert (weight.scales < 0).all()
+    assert torch.allclose(weight.dequantize(), w, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["fp4_e2m1-g8-fp8_e4m3.f32", "uint4-g8-offset-uint6x2.f16", "int6-g8-int8x2.f16"])
+def test_the_largest_code_of_a_scale_is_used_in_every_span(name: str) -> None:
+    weight = fitted(torch.randn(8, 64), name)
+    element = weight.scheme.scale.element
+    assert element is not None
+    values = element.decode(weight.scales).abs()
+    span = weight.scheme.scale.span
+    largest = values.amax() if span is None else values.reshape(8, -1, span).amax(-1)
+    # The parent of a whole weight is a power of two: half of the largest code at least.
+    assert (largest > (0.49 if span is None else 0.8) * element.largest).all()
+    if span is None:
+        assert weight.parents is not None
+        assert torch.frexp(weight.parents).mantissa.item() == 0.5
+
+
 def test_the_search_comes_close_to_trying_every_scale() -> None:
     w = torch.randn(32, 64)
     scheme = parse_scheme("int3-g32-f32")
@@ -91,8 +197,7 @@ def test_the_search_comes_close_to_trying_every_scale() -> None:
     for factor in torch.cat([torch.linspace(-0.8, -0.1, 300), torch.linspace(0.1, 0.8, 300)]):
         scales = grouped(w, scheme).abs().amax(-1) * factor
         best = torch.minimum(best, group_errors(w, round_to_nearest(w, scheme, Parameters(scales))))
-    # The grid has steps of 4 % of the range, and takes one sign only.
-    assert found.sum() < 1.03 * best.sum()
+    assert found.sum() < 1.005 * best.sum()
 
 
 @pytest.mark.parametrize("name", ["int3-g32-bf16", "int3-g32-asym-bf16", "int3-tensor-bf16", "int3-channel-bf16"])
@@ -137,7 +242,7 @@ def test_importance_of_another_length_is_refused(length: int) -> None:
         fit_scales(torch.randn(2, 64), parse_scheme("int4-g32-f16"), importance=torch.ones(length))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("fit", FITS)
 def test_the_number_of_threads_changes_no_bit(name: str, fit: Fit) -> None:
     w, importance = torch.randn(300, 512), torch.rand(512)
@@ -149,21 +254,18 @@ def test_the_number_of_threads_changes_no_bit(name: str, fit: Fit) -> None:
             found.append(fitted(w, name, importance=importance, fit=fit))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0].scales, found[1].scales)
-    assert torch.equal(found[0].codes, found[1].codes)
-    assert found[0].zeros is None or torch.equal(found[0].zeros, found[1].zeros)  # type: ignore[arg-type]
+    assert_same(*found)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_strided_and_narrow_weights_are_fitted_like_their_copies(name: str) -> None:
     w = torch.randn(48, 32).half()
     for strided, same in ((w.T, w.T.contiguous().float()), (w[::3, ::2], w[::3, ::2].float().clone()), (w, w.float())):
         found, expected = fitted(strided, name), fitted(same, name)
-        assert torch.equal(found.scales, expected.scales)
-        assert torch.equal(found.codes, expected.codes)
+        assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("fit", FITS)
 def test_no_argument_is_edited(name: str, fit: Fit) -> None:
     w, importance = torch.randn(4, 32), torch.rand(32)
@@ -173,7 +275,7 @@ def test_no_argument_is_edited(name: str, fit: Fit) -> None:
     assert torch.equal(importance, kept_importance)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("shape", [(0, 32), (4, 0), (0, 0)])
 def test_empty_weights_are_fitted(name: str, shape: tuple[int, int]) -> None:
     weight = fitted(torch.empty(shape), name, importance=torch.ones(shape[1]))
@@ -185,12 +287,26 @@ def test_empty_weights_are_fitted(name: str, shape: tuple[int, int]) -> None:
 CONSTANTS = [0.0, 1.0, -1.0, 0.375, -0.0625, 448.0, -3072.0, 2.0**-13]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("fit", FITS)
 def test_a_group_of_one_value_decodes_to_it(name: str, fit: Fit) -> None:
     for constant in CONSTANTS:
         w = torch.full((3, 32), constant)
         assert torch.equal(fitted(w, name, fit=fit).dequantize(), w)
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_a_group_of_one_value_decodes_to_what_coded_scales_hold(name: str) -> None:
+    for constant in (0.0, 0.5, -0.5, 512.0, -0.0625):
+        decoded = fitted(torch.full((3, 64), constant), name).dequantize()
+        # A code of 6 bits for an offset, in halves of its step; powers of two and their halves are exact elsewhere.
+        assert ((decoded - constant).abs() <= abs(constant) * (0.01 if "uint6" in name or "int8x" in name else 0)).all()
+
+
+def test_balanced_levels_hold_zeros_as_well_as_their_scale_can() -> None:
+    assert (
+        fitted(torch.zeros(2, 8), "bal2-g8-f16").dequantize().abs().max() <= torch.finfo(torch.float16).smallest_normal
+    )
 
 
 @pytest.mark.parametrize("fit", FITS)

@@ -12,7 +12,10 @@ from pennyweight.cli.console import Bar, Clock, device_of, mebibytes, put_json, 
 from pennyweight.core.memory import settle_imports
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pennyweight.pipeline.records import BlockDone, RunReport, SiteRecord, Tell
+    from pennyweight.train.recover import Step
 
 
 def quantize(
@@ -24,8 +27,9 @@ def quantize(
     bits: int | None = typer.Option(None, min=2, max=8, help="Instead of --scheme: this width in groups of 128."),
     runtime: str = typer.Option("transformers", "--for", help="What will read the result: transformers or vllm."),
     effort: str = typer.Option(
-        "normal", help="fast, normal or best: what the run may cost, and so which of the next three steps it takes."
+        "normal", help="fast, normal or best: what the run may cost, and so which of the next four steps it takes."
     ),
+    transform: str | None = typer.Option(None, help="How a block is rewritten before that: awq, or none."),
     solver: str | None = typer.Option(None, help="How the codes of one matrix are chosen: gptq, nearest..."),
     refine: str | None = typer.Option(None, help="How those of a block are refined together, or none."),
     recover: bool | None = typer.Option(
@@ -33,7 +37,8 @@ def quantize(
     ),
     fit: str = typer.Option("search", help="How scales are fitted: search or minmax."),
     calibration: str | None = typer.Option(
-        None, help="Text file, .jsonl, directory, built-in or none.  [default: built-in, none for --solver nearest]"
+        None,
+        help="Text file, .jsonl, directory, built-in, self or none.  [default: built-in, none for --solver nearest]",
     ),
     samples: int = typer.Option(128, min=1, help="Calibration windows at most."),
     length: int = typer.Option(512, min=4, help="Tokens a window."),
@@ -65,6 +70,7 @@ def quantize(
         out,
         scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"),
         effort=effort,  # type: ignore[arg-type]
+        transform=transform,
         solver=solver,
         refine=refine,
         recover=recover,
@@ -78,6 +84,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         verification=verify,  # type: ignore[arg-type]
         tell=teller(),
+        tell_step=step_teller(),
     )
     put_json(report) if as_json else _print(report)
 
@@ -98,6 +105,23 @@ def teller() -> Tell:
             for note in site.notes if len(done.sites) < 40 else ():
                 say(f"  {site.name}: {note}")
         bar.show(done.index + 1, done.total)
+
+    return tell
+
+
+def step_teller() -> Callable[[Step], None]:
+    """Shows the steps of recovery: a line wherever the held-out windows were asked, and a bar on a terminal."""
+    started: list[Clock] = []
+    bar = Bar("steps")
+
+    def tell(step: Step) -> None:
+        # Time counts from the first step on, not from the blocks before.
+        clock = started[0] if started else Clock()
+        started[:] = [clock]
+        if step.held_out is not None:
+            time = f"  [{clock.line(step.done, step.total)}]" if step.done else ""
+            say(f"recovery, step {step.done}/{step.total}: held-out loss {step.held_out:.4g}{time}")
+        bar.show(step.done, step.total)
 
     return tell
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.records import RunReport, Tell
 from pennyweight.pipeline.run import quantize as run
 from pennyweight.schemes.fit import Fit
+from pennyweight.train.finish import Recovery
+from pennyweight.train.recover import Step
 
 
 def quantize(
@@ -20,6 +22,7 @@ def quantize(
     *,
     scheme: str = Options.scheme,
     effort: Effort = Options.effort,
+    transform: str | None = None,
     solver: str | None = None,
     refine: str | None = None,
     recover: bool | None = None,
@@ -33,15 +36,18 @@ def quantize(
     trust_remote_code: bool = False,
     verification: Extent = "full",
     tell: Tell = lambda done: None,
+    tell_step: Callable[[Step], None] = lambda step: None,
 ) -> RunReport:
     """Quantize a model directory or Hub id into the new directory `out`, verified.
 
     `calibration` is a text file, a .jsonl, a directory, "built-in", "none", or the texts themselves; see Options for
-    the rest. Returns what was done; raises PennyweightError, and then `out` does not exist.
+    the rest. `tell` hears of each block, `tell_step` of each step of recovery. Returns what was done; raises
+    PennyweightError, and then `out` does not exist.
     """
     options = Options(
         scheme=scheme,
         effort=effort,
+        transform=transform,
         solver=solver,
         refine=refine,
         recover=recover,
@@ -63,4 +69,5 @@ def quantize(
         found["reason"] = f"decoded weight by weight; not verified in {runtime}, which was not run"
         return found
 
-    return run(str(model), out, options, verify=prove, tell=tell)
+    finish = Recovery(tell=tell_step) if options.steps.recover else None
+    return run(str(model), out, options, finish=finish, verify=prove, tell=tell)

@@ -22,9 +22,9 @@ Specials = Literal["finite", "fn", "ieee"]
 class Minifloat:
     """(-1)**sign * 2**(max(e, 1) - bias) * (f / 2**mantissa + (e > 0)), from the highest bit: sign, exponent e, f.
 
-    Ties go to the even mantissa; what is too large saturates to the largest finite number; zero and what rounds to
-    zero keep their sign. Codes of infinity and NaN decode to infinity and NaN; the encoder never emits them. OCP
-    "8-bit Floating Point Specification" (2023) and "Microscaling Formats" (2023).
+    Ties go to the even mantissa; what is too large saturates to the largest finite number. Codes of infinity, NaN and
+    -0 decode to infinity, NaN and -0; the encoder never emits them. OCP "8-bit Floating Point Specification" and
+    "Microscaling Formats" (2023).
 
     >>> Minifloat("fp4_e2m1", exponent=2, mantissa=1, bias=1).nearest(torch.tensor([0.25, 2.5, -99.0]))
     tensor([ 0.,  2., -6.])
@@ -60,7 +60,7 @@ class Minifloat:
         if not self.signed:
             return nearest_index(x, self._finite).to(torch.uint8)
         index = nearest_index(x.abs(), self._finite).to(torch.uint8)
-        return index.add_(x.signbit(), alpha=1 << (self.bits - 1))
+        return index.add_((x < 0) & (index > 0), alpha=1 << (self.bits - 1))
 
     def decode(self, codes: Tensor) -> Tensor:
         negative = tuple(-value for value in self._magnitudes) if self.signed else ()

@@ -152,7 +152,7 @@ def _is_transposed(module: nn.Module) -> bool | None:
     return multiplies if calls_linear != multiplies else None
 
 
-def _kind_of_merge(source: Source) -> str | None:
+def kind_of_merge(source: Source) -> str | None:
     """How a 3-D parameter comes about: "stored" as it is, "stacked" from matrices, or None where we don't know."""
     if source.converter is None:
         return "stored"
@@ -165,7 +165,7 @@ def _expert_sites(
 ) -> list[tuple[Site, Place]]:
     experts, first, second = parameter.shape
     shape = (second, first) if transposed else (first, second)
-    merge = _kind_of_merge(source)
+    merge = kind_of_merge(source)
     if merge == "stored":
         key = source.keys[0]
         return [

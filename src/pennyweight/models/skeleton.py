@@ -67,7 +67,7 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
         raise ModelError(
             f"{config.model_type}: models with an encoder and a decoder are not taken: quantize a decoder or an encoder"
         )
-    plain = _without_quantization(config)
+    plain = _plain(config)
     try:
         with _WithoutMemory(), _quiet():
             model = _native(plain) or _by_auto_class(plain, trust_remote_code=trust_remote_code)
@@ -82,10 +82,14 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     return model.eval()
 
 
-def _without_quantization(config: Any) -> Any:
-    """A copy that does not speak of the quantization of the checkpoint, which is undone on reading."""
+def _plain(config: Any) -> Any:
+    """A copy that does not speak of the quantization of the checkpoint, which is undone on reading, nor of a cache.
+
+    A cache would keep the keys and values of a block's first run, also for runs with other weights.
+    """
     plain = deepcopy(config)
     for part in (plain, plain.get_text_config()):
+        part.use_cache = False
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     # Experts are observed where each one's linear map is called, so they must not run as one grouped product.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,13 +43,16 @@ class Stream:
 class StreamedModel:
     """The model of a directory: config, checkpoint, blocks and sites; weights are read when they are needed."""
 
-    def __init__(self, path: Path, *, trust_remote_code: bool = False, device: str = "cpu") -> None:
+    def __init__(self, path: Path, *, trust_remote_code: bool = False, device: str = "cpu",
+                 checkpoint: Checkpoint | None = None) -> None:  # fmt: skip
+        """`checkpoint` stands in for the directory's own weights, which it may read differently."""
         from pennyweight.models.config_json import read_config_json
 
         self.path = path
         self.device = torch.device(device)
+        self.trust_remote_code = trust_remote_code
         raw = read_config_json(path)
-        self.checkpoint: Checkpoint = decoded(open_checkpoint(path), raw)
+        self.checkpoint: Checkpoint = checkpoint or decoded(open_checkpoint(path), raw)
         with postponed():
             self.config = read_config(path, trust_remote_code=trust_remote_code)
             self.module = build(self.config, trust_remote_code=trust_remote_code)
@@ -107,23 +111,28 @@ class StreamedModel:
         """Outputs of block `index` for `batches` (all), one thread a batch; `seen(batch)` gets linear maps' inputs."""
 
         def one(batch: int) -> Tensor:
-            args, kwargs = stream.arguments[batch][index]
             observer = None if seen is None else seen(batch)
             with torch.no_grad(), Intercept(load=self._load, watched=watched, seen=observer):
-                out = block(stream.hidden[batch], *args, **kwargs)
-            return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
+                return self._call(block, index, stream, batch)
 
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
+
+    def differentiable(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
+        """The output of block `index` for one batch, recorded for gradients; call it where there are to be any."""
+        with Intercept(load=self._load):
+            return self._call(block, index, stream, batch)
+
+    def _call(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
+        args, kwargs = stream.arguments[batch][index]
+        out = block(stream.hidden[batch], *args, **kwargs)
+        return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
 
     def run_with(
         self, block: nn.Module, index: int, stream: Stream, batch: int, weights: Mapping[str, Tensor]
     ) -> Tensor:
-        """The output of block `index` for one batch with `weights` (site -> [out, in]) in place of its own, in float32
-        and differentiable in them."""
-        args, kwargs = stream.arguments[batch][index]
-        with Substituted(self._parameters_with(weights)):
-            out = block(stream.hidden[batch], *args, **kwargs)
-        return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
+        """The same with `weights` (site -> [out, in]) in place of the block's own, and differentiable in them."""
+        with Intercept(load=self._load), Substituted(self._parameters_with(weights)):
+            return self._call(block, index, stream, batch)
 
     def _parameters_with(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """id of a parameter of the opened block -> its value with `weights` put in."""
@@ -146,9 +155,13 @@ class StreamedModel:
         parallel_map(one, range(len(stream.hidden)))
 
     @contextmanager
-    def finishing(self, stream: Stream) -> Iterator[Callable[[int], Tensor]]:
+    def finishing(
+        self, stream: Stream, *, given: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator[Callable[[int], Tensor]]:
         """A function that runs the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens,
-        vocabulary] of a decoder, the last hidden state of an encoder. It may be called from several threads."""
+        vocabulary] of a decoder, the last hidden state of an encoder. It may be called from several threads.
+
+        `given` takes the place of parameters by name; gradients are recorded for what asks for them."""
         own = threading.local()
 
         def skip(*args: Any, **kwargs: Any) -> Any:
@@ -156,14 +169,17 @@ class StreamedModel:
 
         def finish(batch: int) -> Tensor:
             own.final = stream.hidden[batch]
-            with torch.no_grad(), one_thread_per_operation(), self._intercept():
+            with one_thread_per_operation(), self._intercept():
                 out = self.module(**call_arguments(self.module, stream.input_ids[batch]))
             logits = getattr(out, "logits", None)
             return out.last_hidden_state if logits is None else logits  # type: ignore[no-any-return]
 
-        with self._patched([skip] * len(self.blocks)):
-            yield finish
-        self.release()
+        self._outside.update({id(self.module.get_parameter(name)): tensor for name, tensor in given.items()})
+        try:
+            with self._patched([skip] * len(self.blocks)):
+                yield finish
+        finally:
+            self.release()
 
     def _intercept(self) -> Intercept:
         """For the parts outside the blocks."""
@@ -273,15 +289,18 @@ class StreamedModel:
         self._outside.clear()
 
     @contextmanager
-    def opened(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory, float32."""
+    def opened(self, index: int, *, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory, float32; `given` takes the place of parameters by full name."""
         name = self.blocks[index]
         block = self.module.get_submodule(name)
         empty = dict(block.named_parameters())
         try:
             for path in empty:
-                value = self.weights.read(f"{name}.{path}").to(self.device)
-                _set(block, path, nn.Parameter(value, requires_grad=False))
+                known = given.get(f"{name}.{path}")
+                if known is None:
+                    value = self.weights.read(f"{name}.{path}").to(self.device)
+                    known = nn.Parameter(value, requires_grad=False)
+                _set(block, path, known)
             yield block
         finally:
             for path, parameter in empty.items():
@@ -309,9 +328,9 @@ class _Enough(Exception):
     """The forward pass has shown what it was run for."""
 
 
-def _set(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
+def _set(module: nn.Module, path: str, parameter: Tensor) -> None:
     owner, _, name = path.rpartition(".")
-    module.get_submodule(owner)._parameters[name] = parameter
+    module.get_submodule(owner)._parameters[name] = parameter  # type: ignore[assignment]
 
 
 def _shared(value: Any, canonical: list[Tensor]) -> Any:

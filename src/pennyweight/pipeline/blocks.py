@@ -16,6 +16,7 @@ from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
 from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone, SiteRecord, Tell
+from pennyweight.pipeline.rescale import BlockRescaler, kept_names
 from pennyweight.pipeline.solve import SolvedSite, again_measured, check_finite, joined, solve_site
 from pennyweight.schemes import QuantizedWeight, Scheme
 from pennyweight.solvers.base import Statistics
@@ -43,13 +44,15 @@ def run_blocks(
     blocks of an earlier run are read back and only run. Without them no block is run at all.
     """
     records: list[SiteRecord] = []
+    is_rescaled = chain.transform is not None and streams is not None
+    rescaler = BlockRescaler(model, chain.transform, output.plan.schemes) if is_rescaled else None  # type: ignore[arg-type]
     for index in range(len(model.blocks)):
         part = f"block {index}"
         is_done = part in journal.finished
         if not is_done:
-            found = _one_block(model, output, index, chain=chain, streams=streams)
+            found, folds = _one_block(model, output, index, chain=chain, streams=streams, rescaler=rescaler)
             output.files.flush()
-            journal.add(part, found)
+            journal.add(part, found, found={"rescaled": folds} if folds else {})
         elif streams is not None:
             _replay(model, output, index, streams)
         records.extend(journal.finished[part])
@@ -58,22 +61,35 @@ def run_blocks(
 
 
 def _one_block(
-    model: StreamedModel, output: Output, index: int, *, chain: Chain, streams: Streams | None
-) -> list[SiteRecord]:
+    model: StreamedModel,
+    output: Output,
+    index: int,
+    *,
+    chain: Chain,
+    streams: Streams | None,
+    rescaler: BlockRescaler | None,
+) -> tuple[list[SiteRecord], tuple[str, ...]]:
+    """The records of the sites of block `index`, and which of its folds were rescaled."""
     sites = [site for site in model.sites_of(index) if site.name in output.plan.schemes]
     if streams is None:
-        return _without_data(model, output, sites, chain)
+        return _without_data(model, output, sites, chain), ()
+    folds: tuple[str, ...] = ()
     with model.opened(index) as block:
         for site in sites:
             # Before the block is run: what comes out of NaN would be blamed on other sites.
             check_finite(model.matrix(site), site.tensor)
-        found = collect(model, block, index, streams)
+        found = collect(model, block, index, streams, has_magnitudes=rescaler is not None)
         give_back_memory()
+        if rescaler is not None:
+            rewritten = rescaler.rewrite_(block, index, sites, found)
+            found, folds = rewritten.statistics, rewritten.folds
+            for name, tensor in rewritten.kept.items():
+                output.files.write(name, tensor)
         solve = _each_site if chain.refine is None else _together
         records = solve(model, output, index, sites, found, chain=chain, streams=streams)
         give_back_memory()
         _advance(model, block, index, streams.quantized)
-    return records
+    return records, folds
 
 
 def _each_site(
@@ -120,9 +136,9 @@ def _together(
     problem = BlockProblem(
         weights=originals,
         start={name: one.weight for name, one in solved.items()},
-        importance={name: one.stats.importance for name, one in found.items() if one.stats.importance is not None},
         forward=lambda weights, batch: model.run_with(block, index, streams.quantized, batch, weights),
         targets=streams.original.hidden,
+        seed=chain.seed,
     )
     refined = chain.refine.refine(problem)
     records = []
@@ -205,9 +221,12 @@ def _replay(model: StreamedModel, output: Output, index: int, streams: Streams) 
     with model.opened(index) as block:
         if streams.original is not None:
             _advance(model, block, index, streams.original)
-        for site in model.sites_of(index):
-            if site.name in output.plan.schemes:
-                _put_back(model, site, output.read(site))
+        quantized = [site for site in model.sites_of(index) if site.name in output.plan.schemes]
+        for site in quantized:
+            _put_back(model, site, output.read(site))
+        # A transform changes norms and biases too.
+        for parameter, name in kept_names(model, index, [site.name for site in quantized]).items():
+            model.module.get_parameter(parameter).data.copy_(output.files.read(name))
         _advance(model, block, index, streams.quantized)
 
 

@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Solver
 from pennyweight.solvers.learned.base import BlockSolver
+from pennyweight.transforms.base import Rescaling
 
 
 @dataclass(frozen=True)
 class Chain:
-    """solver   chooses the codes of one site after the other
-    fit      how scales are fitted where a site has to be rounded to nearest
-    refine   chooses the codes of a block's sites together, from those; None: they stay
+    """transform   rewrites a block before it is solved; None: it stays as it is
+    solver      chooses the codes of one site after the other
+    fit         how scales are fitted where a site has to be rounded to nearest
+    refine      chooses the codes of a block's sites together, from those; None: they stay
+    seed        of whatever is drawn on the way
     """
 
     solver: Solver
     fit: Fit
+    transform: Rescaling | None = None
     refine: BlockSolver | None = None
+    seed: int = 0
 
     @property
     def needs_original(self) -> bool:

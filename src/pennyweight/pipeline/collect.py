@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.pipeline.observe import Inputs, Observer, rounds
 from pennyweight.solvers.base import Statistics
 from pennyweight.stats.cross_moment import CrossMoment
+from pennyweight.stats.magnitude import Magnitude
 from pennyweight.stats.second_moment import SecondMoment
 
 
@@ -43,11 +44,13 @@ class Streams:
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """A site's statistics, the rows they were made of, and what had to be done about too few."""
+    """A site's statistics, the rows they were made of, what had to be done about too few, and the size of its inputs
+    where that was asked for."""
 
     stats: Statistics
     rows: int
     notes: tuple[str, ...] = ()
+    magnitude: Magnitude | None = None
 
 
 @dataclass
@@ -57,9 +60,12 @@ class _Moments:
     leaders: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, SecondMoment] = field(default_factory=dict)
     crosses: dict[str, CrossMoment] = field(default_factory=dict)
+    magnitudes: dict[str, Magnitude] = field(default_factory=dict)
 
 
-def collect(model: StreamedModel, block: nn.Module, index: int, streams: Streams) -> dict[str, SiteStatistics]:
+def collect(
+    model: StreamedModel, block: nn.Module, index: int, streams: Streams, *, has_magnitudes: bool = False
+) -> dict[str, SiteStatistics]:
     """Statistics of every site of the opened block `index`, which has its original weights still.
 
     Sites called with the same input (same memory, shape and strides) share one Hessian. Batches run in parallel; sums
@@ -78,13 +84,19 @@ def collect(model: StreamedModel, block: nn.Module, index: int, streams: Streams
             theirs, outputs = observer.run(original, batches)
         if original is not None:
             handed_on.extend(outputs)
-        _accumulate_(moments, found, theirs, experts)
+        _accumulate_(moments, found, theirs, experts, has_magnitudes=has_magnitudes)
     if original is not None:
         original.hidden = handed_on
-    return _statistics(sites, moments)
+    statistics = _statistics(sites, moments)
+    return {
+        name: replace(one, magnitude=moments.magnitudes.get(moments.leaders.get(name, "")))
+        for name, one in statistics.items()
+    }
 
 
-def _accumulate_(moments: _Moments, found: Sequence[Inputs], theirs: Sequence[Inputs], experts: set[str]) -> None:
+def _accumulate_(
+    moments: _Moments, found: Sequence[Inputs], theirs: Sequence[Inputs], experts: set[str], *, has_magnitudes: bool
+) -> None:
     for batch in found:
         moments.leaders.update({name: leader for name, leader in batch.leaders.items() if name not in moments.leaders})
     for leader in sorted(set(moments.leaders.values())):
@@ -96,6 +108,11 @@ def _accumulate_(moments: _Moments, found: Sequence[Inputs], theirs: Sequence[In
             parts = [x[x.any(dim=1)] for x in parts]
         else:
             _add_cross_(moments, leader, [x for batch in theirs for x in batch.take(leader)], parts)
+        if has_magnitudes:
+            for x in parts:
+                moments.magnitudes[leader] = moments.magnitudes.get(
+                    leader, Magnitude.zero(x.shape[1], x.device)
+                ).update(x)
         if leader not in moments.seconds:
             moments.seconds[leader] = SecondMoment.zero(parts[0].shape[1], parts[0].device)
         moments.seconds[leader] = moments.seconds[leader].update_(parts)

@@ -10,16 +10,18 @@ Effort = Literal["fast", "normal", "best"]
 
 @dataclass(frozen=True)
 class Steps:
-    """The names of what chooses codes, one after the other.
+    """The names of what chooses codes, one after the other; "none" leaves a step out.
 
-    solver    of single sites
-    refine    of whole blocks, "none" to leave it out
-    recover   whether scales and norms are trained end to end at last
+    transform   of each block before it is solved
+    solver      of single sites
+    refine      of whole blocks
+    recover     whether scales and norms are trained end to end at last
     """
 
     solver: str
     refine: str = "none"
     recover: bool = False
+    transform: str = "none"
 
 
 # Without data nothing can be seen of the model but its weights, whatever the effort.

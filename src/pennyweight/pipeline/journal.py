@@ -9,8 +9,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from pennyweight.core.errors import UsageError
 from pennyweight.core.files import to_json, write_text
@@ -53,40 +55,52 @@ def only_writer(directory: Path) -> Iterator[None]:
 
 @dataclass
 class Journal:
-    """Lines of JSON, one for each finished part, each written after the part's bytes are safe on disk."""
+    """Lines of JSON, one for each finished part, each written after the part's bytes are safe on disk.
+
+    finished   part -> the records of its sites
+    found      part -> what else it had to say, of parts that had
+    """
 
     path: Path
     finished: dict[str, list[SiteRecord]]
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @staticmethod
     def open(directory: Path) -> Journal:
         """The journal of a work directory, empty when it is new; a damaged line and what follows it are dropped."""
-        path = directory / NAME
-        finished: dict[str, list[SiteRecord]] = {}
+        journal = Journal(directory / NAME, {})
+        path = journal.path
         if path.exists():
             text, good = path.read_text(encoding="utf-8", errors="replace"), ""
             for line in text.splitlines(keepends=True):
                 try:
                     entry = json.loads(line)
                     part, sites = entry["part"], [_site_record(record) for record in entry["sites"]]
+                    found = dict(entry.get("found", {}))
                 except (ValueError, KeyError, TypeError):
                     break
                 if not line.endswith("\n"):
                     break
                 good += line
-                finished[part] = sites
+                journal._note(part, sites, found)
             if good != text:
                 write_text(path, good)
-        return Journal(path, finished)
+        return journal
 
-    def add(self, part: str, sites: list[SiteRecord]) -> None:
+    def _note(self, part: str, sites: list[SiteRecord], found: Mapping[str, Any]) -> None:
+        self.finished[part] = sites
+        if found:
+            self.found[part] = dict(found)
+
+    def add(self, part: str, sites: list[SiteRecord], *, found: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Note that `part` is complete; returns when the note itself is on disk."""
-        line = json.dumps({"part": part, "sites": [dataclasses.asdict(site) for site in sites]}) + "\n"
+        entry = {"part": part, "sites": [dataclasses.asdict(site) for site in sites], "found": dict(found)}
+        line = json.dumps(entry) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.finished[part] = sites
+        self._note(part, sites, found)
 
     @property
     def blocks(self) -> int:

@@ -19,13 +19,14 @@ NONE = "none"
 @dataclass(frozen=True)
 class Options:
     """scheme        short name, see `parse_scheme`
-    effort        what the run may cost: decides whatever of the next three is None
+    effort        what the run may cost: decides whatever of the next four is None
+    transform     name of a transform of each block before it is solved, or "none"
     solver        name of a solver
     refine        name of a solver of whole blocks that goes on from there, or "none"
     recover       whether scales and norms are trained end to end at last
     fit           how scales are fitted: "search" or "minmax"
     runtime       what will read the result
-    calibration   text file, .jsonl, directory, "built-in", "none", or texts;
+    calibration   text file, .jsonl, directory, "built-in", "self" (the model writes it), "none", or texts;
                   None: built-in unless the solver that was asked for needs no data
     samples       windows at most
     length        tokens a window; the model's own limit where that is less
@@ -35,6 +36,7 @@ class Options:
 
     scheme: str = "int4-g128"
     effort: Effort = "normal"
+    transform: str | None = None
     solver: str | None = None
     refine: str | None = None
     recover: bool | None = None
@@ -63,9 +65,13 @@ class Options:
             raise UsageError(
                 f"--solver {self.solver} needs calibration data: drop --calibration none, or use --solver nearest"
             )
-        if self.steps.refine != NONE or self.steps.recover:
-            asked = f"--refine {self.refine}" if self.steps.refine != NONE else "--recover"
-            raise UsageError(f"{asked} needs calibration data: give --calibration FILE or built-in")
+        asked = [
+            *([f"--transform {self.transform}"] if self.steps.transform != NONE else []),
+            *([f"--refine {self.refine}"] if self.steps.refine != NONE else []),
+            *(["--recover"] if self.steps.recover else []),
+        ]
+        if asked:
+            raise UsageError(f"{asked[0]} needs calibration data: give --calibration FILE or built-in")
 
     @property
     def steps(self) -> Steps:
@@ -74,22 +80,31 @@ class Options:
         if self.solver is not None:
             # A solver asked for by name is what the user wants to see, and nothing after it.
             steps = Steps(self.solver)
-        refine = steps.refine if self.refine is None else self.refine
-        return Steps(steps.solver, refine, steps.recover if self.recover is None else self.recover)
+        return Steps(
+            solver=steps.solver,
+            refine=steps.refine if self.refine is None else self.refine,
+            recover=steps.recover if self.recover is None else self.recover,
+            transform=steps.transform if self.transform is None else self.transform,
+        )
 
     @property
     def chain(self) -> Chain:
         """How codes are chosen; raises UsageError for a name that is not known."""
         steps = self.steps
-        refine = None if steps.refine == NONE else find("solvers.learned", steps.refine)
-        return Chain(_with(find("solvers", steps.solver), "fit", self.fit), self.fit, _with(refine, "seed", self.seed))
+        return Chain(
+            solver=_with(find("solvers", steps.solver), "fit", self.fit),
+            fit=self.fit,
+            transform=None if steps.transform == NONE else find("transforms", steps.transform),
+            refine=None if steps.refine == NONE else find("solvers.learned", steps.refine),
+            seed=self.seed,
+        )
 
     @property
     def calibration_source(self) -> str | tuple[str, ...] | None:
         """The source of calibration text, or None for a data-free run."""
         if self.calibration is not None:
             return None if self.calibration == NONE else self.calibration
-        is_trained = self.refine not in (None, NONE) or bool(self.recover)
+        is_trained = any(step not in (None, NONE, False) for step in (self.transform, self.refine, self.recover))
         is_blind = self.solver is not None and not find("solvers", self.solver).needs
         return None if is_blind and not is_trained else BUILT_IN
 

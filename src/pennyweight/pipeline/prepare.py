@@ -20,6 +20,7 @@ from pennyweight.core.registry import provided
 from pennyweight.models import text
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.hub import resolve
+from pennyweight.models.self_text import SELF, own_windows
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import carried_files, weight_entries
@@ -74,7 +75,7 @@ def prepare(model: str, options: Options, container: Container | None) -> Job:
         streamed = StreamedModel(path, trust_remote_code=options.trust_remote_code, device=options.device)
         facts = _facts(streamed)
         plan = _plan(streamed, facts, options, container)
-        windows = _windows(streamed, options)
+        windows = calibration_windows(streamed, options, samples=options.samples)
         recipe = _recipe(options, container, windows, hashes)
     finally:
         background.shutdown(wait=False, cancel_futures=True)
@@ -129,14 +130,17 @@ def _plan(model: StreamedModel, facts: ModelFacts, options: Options, container: 
     return plan
 
 
-def _windows(model: StreamedModel, options: Options) -> Tensor | None:
+def calibration_windows(model: StreamedModel, options: Options, *, samples: int) -> Tensor | None:
+    """At most `samples` windows [windows, length] of the options' calibration text; None for a data-free run."""
     source = options.calibration_source
     if source is None:
         return None
-    tokenizer = text.load_tokenizer(model.path, trust_remote_code=options.trust_remote_code)
     length = min(options.length, text.context_length(model.config) or options.length)
+    if source == SELF:
+        return own_windows(model, length=length, count=samples, seed=options.seed)
+    tokenizer = text.load_tokenizer(model.path, trust_remote_code=options.trust_remote_code)
     documents: Sequence[str] = text.documents(source, tokenizer) if isinstance(source, str) else source
-    windows = text.windows(documents, tokenizer, length=length, count=options.samples, seed=options.seed)
+    windows = text.windows(documents, tokenizer, length=length, count=samples, seed=options.seed)
     text.check_vocabulary(windows, model.config, [str(model.path)])
     return windows
 
@@ -155,6 +159,7 @@ def _recipe(
     return Recipe(
         scheme=options.scheme,
         effort=options.effort,
+        transform=steps.transform,
         solver=steps.solver,
         refine=steps.refine,
         recover=steps.recover,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,11 @@ def run_report(job: Job, target: Path, records: Sequence[SiteRecord]) -> RunRepo
 
 
 def run_record(
-    job: Job, directory: Path, records: Sequence[SiteRecord], verification: dict[str, Any]
+    job: Job,
+    directory: Path,
+    records: Sequence[SiteRecord],
+    verification: dict[str, Any],
+    found: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """pennyweight.json: the same for the same inputs, however long it took."""
     files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name not in _NOT_RECORDED]
@@ -78,6 +82,7 @@ def run_record(
         },
         "sites": list(records),
         "fallbacks": {record.name: record.notes for record in records if record.notes},
+        "found": found,
         "unused_tensors": job.model.weights.unused,
         "outputs": {str(file.relative_to(directory)): sha256(file) for file in files},
         "verification": {key: value for key, value in verification.items() if key not in _MEASURED},

@@ -20,10 +20,12 @@ class CalibrationRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything needed to repeat a run; stored inside every output. `inputs` are the hashes of the model's files."""
+    """Everything needed to repeat a run; stored inside every output. `inputs` are the hashes of the model's files,
+    `finish` what changed the weights after the solver."""
 
     scheme: str
     effort: str
+    transform: str
     solver: str
     refine: str
     recover: bool
@@ -34,6 +36,7 @@ class Recipe:
     trust_remote_code: bool
     calibration: CalibrationRecipe | None
     inputs: Mapping[str, str]
+    finish: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pennyweight.containers.base import Container
 from pennyweight.containers.weight_files import OpenWeightFiles
@@ -30,9 +31,26 @@ from pennyweight.pipeline.prepare import Job, container_for, prepare
 from pennyweight.pipeline.record import arithmetic, run_record, run_report, write_sidecars
 from pennyweight.pipeline.records import RunReport, SiteRecord, Tell
 
-__all__ = ["container_for", "quantize"]
+__all__ = ["Finish", "container_for", "quantize"]
 
 Verify = Callable[[Path], dict[str, Any]]
+
+
+class Finish(Protocol):
+    """What changes the weights as a whole once all blocks are written; `name` says all that shapes it, for the recipe.
+
+    It is called again after a crash, with what it had left in `scratch`, and must then end with the same bytes.
+    """
+
+    @property
+    def name(self) -> str: ...
+    def __call__(self, job: Job, output: Output, scratch: Path) -> dict[str, Any]:
+        """Change tensors of `output` in their places; returns what goes into the record. `scratch` is a directory that
+        goes away once that is journaled."""
+
+
+# The journal's name for what comes after the blocks, and that of its directory.
+_FINISH = "finish"
 # Room for pennyweight.json, config.json and the model card beside the weights and the carried files.
 _SIDECARS_BYTES = 1 << 20
 # What each site adds to pennyweight.json, config.json and the journal.
@@ -48,23 +66,27 @@ def quantize(
     options: Options = Options(),
     *,
     container: Container | None = None,
+    finish: Finish | None = None,
     verify: Verify | None = None,
     tell: Tell = lambda done: None,
 ) -> RunReport:
     """Quantize the model directory or Hub id `model` into the new directory `out`.
 
     Every finished block is journaled beside `out`; the same call after a crash continues there and ends with the same
-    bytes. `out` appears when it is complete and `verify(directory)` has passed; what verify returns is recorded.
+    bytes. `finish` may change the weights once all blocks are written. `out` appears when it is complete and
+    `verify(directory)` has passed; what both return is recorded.
     Raises PennyweightError of the kind that fits; then `out` does not exist.
     """
     started = time.perf_counter()
     target = _check_target(out)
     job = prepare(model, options, container)
+    if finish is not None:
+        job = replace(job, recipe=replace(job.recipe, finish=finish.name))
     directory = work_directory(target, job.recipe, {**versions(), **arithmetic(job)})
     with _unfinished(directory), _room(target.parent):
         directory.mkdir(exist_ok=True)
         with only_writer(directory):
-            report = _make(job, target, directory, verify=verify, tell=tell, started=started)
+            report = _make(job, target, directory, finish=finish, verify=verify, tell=tell, started=started)
             sync_files(directory)
             _publish(directory, target)
     sync_directory(target.parent)
@@ -125,12 +147,16 @@ def _room(parent: Path) -> Iterator[None]:
         raise SpaceError(error.errno, f"{parent}: no space is left for the output: make room there") from error
 
 
-def _make(job: Job, target: Path, directory: Path, *, verify: Verify | None, tell: Tell, started: float) -> RunReport:
+def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, verify: Verify | None, tell: Tell,
+          started: float) -> RunReport:  # fmt: skip
     """Fill the work directory: weights, what travels with them, the records."""
     with _opened(job, target, directory) as files:
         journal = Journal.open(directory)
         resumed = journal.blocks
-        records = _write_weights(job, files, journal, tell)
+        output = Output(files, job.container, job.plan, job.model.checkpoint)
+        records = _write_weights(job, output, journal, tell)
+        if finish is not None:
+            _finish(job, output, directory, journal, finish)
     write_sidecars(job, directory, records)
     report = run_report(job, target, records)
     report.resumed_blocks = resumed
@@ -139,11 +165,24 @@ def _make(job: Job, target: Path, directory: Path, *, verify: Verify | None, tel
     report.peak_memory_bytes = peak_memory_bytes()
     verification = verify(directory) if verify else {"verified": "none"}
     report.verified, report.verification = str(verification["verified"]), verification
-    write_text(directory / "pennyweight.json", to_json(run_record(job, directory, records, verification)))
+    write_text(
+        directory / "pennyweight.json", to_json(run_record(job, directory, records, verification, journal.found))
+    )
     write_text(directory / "run.json", to_json(_measured(report)))
     files_of_output = (file for file in directory.rglob("*") if file.is_file() and file.name != JOURNAL_NAME)
     report.size_bytes = sum(file.stat().st_size for file in files_of_output)
     return report
+
+
+def _finish(job: Job, output: Output, directory: Path, journal: Journal, finish: Finish) -> None:
+    scratch = directory / _FINISH
+    if _FINISH not in journal.finished:
+        scratch.mkdir(exist_ok=True)
+        found = finish(job, output, scratch)
+        output.files.flush()
+        journal.add(_FINISH, [], found=found)
+    # Not before the journal: a second call would begin with values that are already changed.
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _measured(report: RunReport) -> dict[str, Any]:
@@ -175,8 +214,7 @@ def _opened(job: Job, target: Path, directory: Path) -> OpenWeightFiles:
     return job.layout.create(directory)
 
 
-def _write_weights(job: Job, files: OpenWeightFiles, journal: Journal, tell: Tell) -> list[SiteRecord]:
-    output = Output(files, job.container, job.plan, job.model.checkpoint)
+def _write_weights(job: Job, output: Output, journal: Journal, tell: Tell) -> list[SiteRecord]:
     if "kept" not in journal.finished:
         output.copy_kept(output.kept_tensors(job.model.sites))
         output.files.flush()

@@ -91,7 +91,11 @@ def _has_parents(spec: ScaleSpec | None) -> bool:
 
 def _unbound(stored: Stored) -> Stored:
     """Floats for now where numbers are codes with parents."""
-    return stored if stored.spec.parent is None else Stored(ScaleSpec("float32"), stored.limit)
+    return (
+        stored
+        if stored.spec.parent is None
+        else Stored(ScaleSpec("float32"), stored.limit, is_unsigned=not stored.is_signed)
+    )
 
 
 def _with_parents(stored: Stored, numbers: Tensor) -> Stored:

@@ -15,16 +15,18 @@ from pennyweight.schemes.storage import ScaleSpec
 class Stored:
     """Where numbers [rows, groups, 1] are stored: floats, or codes with `parents` float32 that broadcast over them.
 
-    `limit` bounds their magnitude, so that what is computed with them stays finite.
+    `limit` bounds their magnitude, so that what is computed with them stays finite. `is_unsigned` keeps floats that
+    stand for codes without a sign from going below zero.
     """
 
     spec: ScaleSpec
     limit: float
     parents: Tensor | None = None
+    is_unsigned: bool = False
 
     def nearest(self, x: Tensor) -> Tensor:
         """float32: the nearest number that can be stored."""
-        bounded = x.clamp(-self.limit, self.limit)
+        bounded = x.clamp(0 if self.is_unsigned else -self.limit, self.limit)
         element = self.spec.element
         if element is None:
             return bounded.to(self.spec.torch_dtype).float()
@@ -50,7 +52,7 @@ class Stored:
 
     @property
     def is_signed(self) -> bool:
-        return self.spec.element is None or self.spec.element.smallest < 0
+        return not self.is_unsigned and (self.spec.element is None or self.spec.element.smallest < 0)
 
     @property
     def smallest(self) -> Tensor:

@@ -8,14 +8,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pennyweight.formats import NumberFormat
+from pennyweight.formats.minifloat import Minifloat
 from pennyweight.kernels.native import STORED, as_stored, has_kernels, kernel_table, native
 from pennyweight.schemes.rounding import Stored, spread_of, stored_scales
 from pennyweight.schemes.scheme import Scheme
 
-# Shrink factors of the range that the search tries, widest first. Low widths gain from clipping far more.
-_GRIDS = {bits: tuple(1.0 - step * i for i in range(count)) for bits, step, count in (
-    (2, 0.05, 14), (3, 0.04, 14), (4, 0.03, 13), (5, 0.025, 10), (6, 0.02, 8), (7, 0.01, 8), (8, 0.005, 8),
+# What the search multiplies the range by, by the bits of a code. Low widths gain from clipping far more; above 1 too,
+# because at few bits the largest weight may sit best beside the end of the range.
+_SYMMETRIC = {bits: (first, last, count) for bits, first, last, count in (
+    (2, 1.35, 0.30, 18), (3, 1.35, 0.45, 16), (4, 1.35, 0.60, 16), (5, 1.15, 0.70, 12), (6, 1.08, 0.80, 10),
+    (7, 1.03, 0.90, 8), (8, 1.02, 0.95, 8),
 )}  # fmt: skip
+# The same for each end of the range by itself, where a zero point or an offset places it.
+_ENDS = {
+    2: (1.15, 1.0, 0.85, 0.7, 0.55, 0.4),
+    3: (1.15, 1.0, 0.9, 0.8, 0.7, 0.6),
+    4: (1.2, 1.1, 1.0, 0.9, 0.8, 0.7),
+    5: (1.1, 1.0, 0.93, 0.86, 0.79),
+    6: (1.04, 1.0, 0.94, 0.88),
+    7: (1.02, 1.0, 0.97, 0.94),
+    8: (1.01, 1.0, 0.985, 0.97),
+}
+# Small floats of 8 bits keep their precision over many powers of two, so the range may be moved within one.
+_FLOATING = (2.0, 1.0, 24)
+# Above these bits the one value more on one side of zero no longer pays for trying both signs of the scale.
+_BITS_OF_BOTH_SIGNS = 4
+# Bounds on what nearly always ends earlier, because no group gains any more.
+_STEPS, _MOVES = 8, 3
 
 
 @dataclass(frozen=True)
@@ -116,14 +136,13 @@ def _minmax(groups: Groups, low: Tensor, high: Tensor) -> Candidate:
     return Candidate(groups.scales.nonzero(torch.where(-low > high, low, high) / element.largest), None)
 
 
-def _placed(groups: Groups, low: Tensor, high: Tensor, factor: float = 1.0) -> Candidate:
-    """The range from `low` to `high`, times `factor`, as a scale and a zero point or an offset."""
+def _placed(groups: Groups, low: Tensor, high: Tensor) -> Candidate:
+    """The range from `low` to `high` as a scale and a zero point or an offset."""
     scheme, smallest = groups.scheme, groups.scheme.element.smallest
     if groups.shifts is None or not groups.shifts.is_signed:
         # An integer zero point lies in the range of the codes, so 0 is in that of the weights.
         low, high = low.clamp_max(0), high.clamp_min(0)
-    low = low * factor
-    scales = groups.scales.nonzero((high * factor - low) / spread_of(scheme))
+    scales = groups.scales.nonzero((high - low) / spread_of(scheme))
     if scheme.offset is not None:
         assert groups.shifts is not None
         return Candidate(scales, groups.shifts.nearest(smallest * scales - low))
@@ -134,12 +153,38 @@ def _placed(groups: Groups, low: Tensor, high: Tensor, factor: float = 1.0) -> C
 
 
 def _search(groups: Groups, first: Candidate, low: Tensor, high: Tensor) -> Candidate:
+    """The candidates of a grid; least squares from the best of them; for integer zero points, steps of one."""
     best = _Best(first, groups.error(first))
     for candidate in _candidates(groups, low, high):
         best = best.or_better(groups, candidate)
-    for _ in range(2):
-        best = best.or_better(groups, _least_squares(groups, best.candidate))
+        if groups.shifts is not None:
+            best = best.or_better(groups, _least_squares(groups, candidate))
+    best = _settled(groups, best)
+    for _ in range(_MOVES if groups.scheme.has_integer_zero else 0):
+        moved = best
+        for step in (-1.0, 1.0):
+            moved = moved.or_better(groups, _least_squares(groups, _stepped(groups, moved.candidate, step)))
+        moved = _settled(groups, moved)
+        if torch.equal(moved.error, best.error):
+            break
+        best = moved
     return best.candidate
+
+
+def _settled(groups: Groups, best: _Best) -> _Best:
+    """Least squares and rounding to nearest in turns, until no group gains."""
+    for _ in range(_STEPS):
+        better = best.or_better(groups, _least_squares(groups, best.candidate))
+        if torch.equal(better.error, best.error):
+            break
+        best = better
+    return best
+
+
+def _stepped(groups: Groups, c: Candidate, step: float) -> Candidate:
+    assert c.shifts is not None
+    element = groups.scheme.element
+    return Candidate(c.scales, (c.shifts + step).clamp_(element.smallest, element.largest))
 
 
 def _search_native(groups: Groups, first: Candidate, low: Tensor, high: Tensor) -> Candidate:
@@ -155,7 +200,7 @@ def _search_native(groups: Groups, first: Candidate, low: Tensor, high: Tensor) 
         None if groups.weights is None else groups.weights.reshape(-1, size),
         scales,
         zeros,
-        torch.tensor(_factors(scheme)),
+        torch.tensor(_factors(groups) if zeros is None else _ends(scheme)).reshape(-1, 1 if zeros is None else 2),
         scheme.element.smallest,
         scheme.element.largest,
         groups.scales.limit,
@@ -169,34 +214,80 @@ def _search_native(groups: Groups, first: Candidate, low: Tensor, high: Tensor) 
 
 def _candidates(groups: Groups, low: Tensor, high: Tensor) -> Iterator[Candidate]:
     scheme, smallest, largest = groups.scheme, groups.scheme.element.smallest, groups.scheme.element.largest
-    if scheme.zero is not None or scheme.offset is not None:
-        for factor in _factors(scheme):
-            yield _placed(groups, low, high, factor)
-        return
-    # The side of the range with one more value faces the larger extreme, if need be by a negative scale.
-    extreme = torch.where(-low >= high, low, high)
-    full = extreme / smallest if smallest < 0 else extreme / largest
-    for factor in _factors(scheme):
-        yield Candidate(groups.scales.nonzero(full * factor), None)
+    if scheme.has_integer_zero:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        for below, above in _ends(scheme):
+            yield _placed(groups, low * below, high * above)
+    elif groups.shifts is not None:
+        half = (high - low) / 2
+        for below, above in _ends(scheme):
+            yield _placed(groups, low + (1 - below) * half, high - (1 - above) * half)
+    else:
+        # The side of the range with one more value faces the larger extreme, if need be by a negative scale.
+        extreme = torch.where(-low >= high, low, high)
+        full = extreme / smallest if smallest < 0 else extreme / largest
+        for factor in _factors(groups):
+            yield Candidate(groups.scales.nonzero(full * factor), None)
 
 
-def _factors(scheme: Scheme) -> tuple[float, ...]:
-    """What the search multiplies the full range by."""
-    shrinking = _GRIDS[scheme.element.bits]
-    # Upwards too: at few bits the largest weight may sit best one value below the end of the range.
-    return shrinking if scheme.zero is not None else (1.15, *shrinking)
+def _ends(scheme: Scheme) -> list[tuple[float, float]]:
+    return [(below, above) for below in _ENDS[scheme.element.bits] for above in _ENDS[scheme.element.bits]]
+
+
+def _factors(groups: Groups) -> tuple[float, ...]:
+    """What the search multiplies the full range by; below zero for scales of the other sign."""
+    scheme = groups.scheme
+    if scheme.scale.dtype == "e8m0":
+        return (2.0, 1.0, 0.5, 0.25)
+    is_floating = isinstance(scheme.element, Minifloat) and scheme.element.bits == 8
+    first, last, count = _FLOATING if is_floating else _SYMMETRIC[scheme.element.bits]
+    factors = tuple(first + (last - first) * i / (count - 1) for i in range(count))
+    is_one_sided = (
+        not groups.scales.is_signed or scheme.element.bits > _BITS_OF_BOTH_SIGNS or is_mirrored(scheme.element)
+    )
+    return factors if is_one_sided else factors + tuple(-factor for factor in factors)
+
+
+def is_mirrored(element: NumberFormat) -> bool:
+    """Whether -v is a value wherever v is one: the sign of a scale makes no difference then."""
+    values = element.decode(torch.arange(2**element.bits, dtype=torch.uint8))
+    values = values[values.isfinite() & (values <= element.largest)]
+    return torch.equal(values.sort().values, -values.sort(descending=True).values)
 
 
 def _least_squares(groups: Groups, c: Candidate) -> Candidate:
-    """The scale that is best for the codes of `c`: s = sum(h w q) / sum(h q q), q = value - zero."""
-    q = groups.quantized(c)
-    w = groups.w
-    if c.shifts is not None:
-        w = w + c.shifts if groups.scheme.offset is not None else w
-        q = q if groups.scheme.offset is not None else q - c.shifts
+    """What is best for the codes of `c`, in float32 sums, rounded to what is stored.
+
+    With q = value - zero: s = sum(h w q) / sum(h q q). A zero point or an offset b (in weights: scale * zero) that is
+    no integer comes from the same problem in two unknowns, sum h (s v - b - w)**2 with v the values:
+
+        | sum h v v   -sum h v |  | s |   |  sum h v w |
+        | -sum h v     sum h   |  | b | = | -sum h w   |
+
+    b is rounded, and s made again for the rounded one.
+    """
+    values = groups.quantized(c)
+    if groups.shifts is None:
+        q = values if c.shifts is None else values - c.shifts
+        return Candidate(_best_scale(groups, q, groups.w, c.scales), c.shifts)
+    ones = groups.sum(torch.ones_like(values))
+    v, w = groups.sum(values.clone()), groups.sum(groups.w.clone())
+    vv, vw = groups.sum(values * values), groups.sum(values * groups.w)
+    determinant = vv * ones - v * v
+    scale = torch.where(determinant > 0, (vw * ones - v * w) / determinant, c.scales)
+    scale = groups.scales.nonzero(scale)
+    offset = (scale * v - w) / ones
+    if groups.scheme.offset is not None:
+        shifts = groups.shifts.nearest(offset)
+        return Candidate(_best_scale(groups, values, groups.w + shifts, scale), shifts)
+    shifts = groups.shifts.nearest(offset / scale)
+    return Candidate(_best_scale(groups, values - shifts, groups.w, scale), shifts)
+
+
+def _best_scale(groups: Groups, q: Tensor, w: Tensor, otherwise: Tensor) -> Tensor:
+    """sum(h w q) / sum(h q q), or `otherwise` where all q are 0."""
     over = groups.sum(q * q)
-    scale = torch.where(over > 0, groups.sum(q * w) / over, c.scales)
-    return Candidate(groups.scales.nonzero(scale), c.shifts)
+    return groups.scales.nonzero(torch.where(over > 0, groups.sum(q * w) / over, otherwise))
 
 
 def _exact_where_constant(groups: Groups, best: Candidate, low: Tensor, high: Tensor) -> Candidate:
@@ -210,7 +301,7 @@ def _exact_where_constant(groups: Groups, best: Candidate, low: Tensor, high: Te
     constant = (low == high) & (low.abs() <= scales.limit)
     if scheme.scale.element is not None or (groups.shifts is not None and groups.shifts.spec.element is not None):
         # Codes may hold it less well than what was found.
-        constant = constant & (groups.error(exact) < groups.error(best))
+        constant = constant & (groups.error(exact) <= groups.error(best))
     shifts = None
     if best.shifts is not None and exact.shifts is not None:
         shifts = torch.where(constant, exact.shifts, best.shifts)
@@ -222,19 +313,23 @@ def _exact(groups: Groups, scales: Stored, constant: Tensor) -> Candidate:
 
     Where the format has no -u and nothing shifts it: scale c / u. Unsigned integers reach below zero only from a zero
     point of 1. A float zero point turns the value v nearest to zero into 0 for zeros, else into 1 by way of v - 1, with
-    scale c.
+    scale c; an offset of v does so for zeros. A format without a 0 and without either (bal2) holds zeros only as the
+    smallest scale times its smallest value.
     """
     scheme, element = groups.scheme, groups.scheme.element
     unit, has_both = _unit(scheme)
     zeros = torch.zeros_like(constant)
+    base = float(element.nearest(torch.zeros(1)))
     if groups.shifts is not None and scheme.zero is not None:
-        base = float(element.nearest(zeros[:1, :1, :1]))
         shift = torch.where(constant == 0, base, base - 1.0)
         return Candidate(torch.where(constant == 0, 1.0, scales.nonzero(constant)), shift)
     has_sign = scales.is_signed and not (has_both or scheme.has_integer_zero)
     wanted = (constant if has_sign else constant.abs()) / unit
-    scale = torch.where(constant == 0, scales.nonzero(torch.ones_like(wanted)), scales.nonzero(wanted))
-    if scheme.zero is None and scheme.offset is None:
+    has_zero = base == 0 or scheme.offset is not None
+    scale = torch.where(constant == 0, scales.nonzero(torch.full_like(wanted, float(has_zero))), scales.nonzero(wanted))
+    if groups.shifts is not None:
+        return Candidate(scale, groups.shifts.nearest(torch.where(constant == 0, base * scale, zeros)))
+    if scheme.zero is None:
         return Candidate(scale, None)
     return Candidate(scale, torch.where(constant < 0, 1.0, 0.0) if element.smallest >= 0 and scheme.zero else zeros)
 

@@ -12,25 +12,36 @@ from pennyweight.schemes import QuantizedWeight
 
 # Weights by site name, and the number of a batch -> the block's output [windows, tokens, width], differentiable.
 Forward = Callable[[Mapping[str, Tensor], int], Tensor]
+# How many steps are done, and of how many.
+Tell = Callable[[int, int], None]
+
+
+def tell_nobody(done: int, total: int) -> None:
+    """For callers that do not follow the steps."""
 
 
 @dataclass(frozen=True)
 class BlockProblem:
     """A block whose sites are to be rounded together so that its output stays.
 
-    weights      site -> the original weight, float32 [out, in]
-    start        site -> its codes so far, of a solver that looks at one site at a time
-    importance   site -> the Hessian's diagonal [in], where there is one
-    forward      runs the block with the given weights in place of its own on a batch of calibration inputs, those that
-                 the quantized blocks before it give
-    targets      batch -> the output of the original block in the original model, [windows, tokens, width]
+    weights        site -> the original weight, float32 [out, in]
+    start          site -> its codes so far, of a solver that looks at one site at a time; sites left out keep the
+                   block's own weights
+    forward        runs the block with the given weights in place of its own on a batch of calibration inputs, those
+                   that the quantized blocks before it give; called from several threads at once
+    targets        batch -> the output of the original block in the original model, [windows, tokens, width]
+    output_weight  [width], or None for ones: what the squared error of each output channel counts
+    seed           of the order of batches
+    tell           called after every step
     """
 
     weights: Mapping[str, Tensor]
     start: Mapping[str, QuantizedWeight]
-    importance: Mapping[str, Tensor]
     forward: Forward
     targets: Sequence[Tensor]
+    output_weight: Tensor | None = None
+    seed: int = 0
+    tell: Tell = tell_nobody
 
 
 @dataclass(frozen=True)

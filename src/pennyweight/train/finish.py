@@ -1,0 +1,117 @@
+"""Recovery as the last part of a run, before the result is published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pennyweight.core.files import sync_directory
+from pennyweight.models import text
+from pennyweight.models.base import Site
+from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.output import Output
+from pennyweight.pipeline.prepare import Job, calibration_windows
+from pennyweight.train.recover import Recovered, Settings, Step, recover
+
+# New values on their way into the weight files: there whole or not at all.
+_REDO = "recovered.safetensors"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A `Finish` of the pipeline: `recover` on what was written, with the run's own calibration text."""
+
+    settings: Settings = field(default_factory=Settings)
+    tell: Callable[[Step], None] = lambda step: None
+
+    @property
+    def name(self) -> str:
+        return f"recovery: {self.settings}"
+
+    def __call__(self, job: Job, output: Output, scratch: Path) -> dict[str, Any]:
+        """Change scales, norms and biases in the weight files of `output`, in their places; returns what was found.
+
+        New values go to a file in `scratch` first, so that a run which is killed before it is there starts over from
+        what the solver wrote, and one which is killed later writes them again.
+        """
+        redo = scratch / _REDO
+        if not redo.exists():
+            windows = _windows(job, self.settings)
+            recovered = self._recovered(job, output, scratch, windows)
+            _save(redo, _changed(job, output, recovered), _findings(recovered, windows))
+        return _apply(redo, output)
+
+    def _recovered(self, job: Job, output: Output, scratch: Path, windows: Tensor) -> Recovered:
+        options = job.options
+        original = StreamedModel(job.model.path, trust_remote_code=options.trust_remote_code, device=options.device)
+        weights = {site.name: output.read(site) for site in _sites(job)}
+        with tempfile.TemporaryDirectory(dir=scratch) as teacher:
+            return recover(job.model, original, weights, windows, Path(teacher), settings=self.settings, tell=self.tell)
+
+
+def _sites(job: Job) -> list[Site]:
+    return [site for site in job.model.sites if site.name in job.plan.schemes]
+
+
+def _windows(job: Job, settings: Settings) -> Tensor:
+    """Windows of the run's calibration text, of the built-in text where the run had none."""
+    source = job.options.calibration_source or text.BUILT_IN
+    windows = calibration_windows(job.model, replace(job.options, calibration=source), samples=settings.windows)
+    assert windows is not None
+    return windows
+
+
+def _changed(job: Job, output: Output, recovered: Recovered) -> dict[str, Tensor]:
+    """The tensors of the output that are no longer as they were written."""
+    changed: dict[str, Tensor] = {}
+    if recovered.step == 0:
+        return changed
+    for site in _sites(job):
+        changed.update(_differing(output, output.container.encode(site, recovered.weights[site.name])))
+    changed.update(_differing(output, recovered.vectors))
+    return changed
+
+
+def _differing(output: Output, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in found.items() if not torch.equal(tensor, output.files.read(name))}
+
+
+def _findings(recovered: Recovered, windows: Tensor) -> dict[str, Any]:
+    return {
+        "windows": windows.shape[0],
+        "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "held_out_before": recovered.before,
+        "held_out_after": recovered.after,
+        "best_step": recovered.step,
+        "steps": recovered.steps,
+    }
+
+
+def _save(redo: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+    partial = redo.with_name(redo.name + ".partial")
+    save_file(dict(tensors), partial, metadata={"found": json.dumps(dict(found))})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, redo)
+    sync_directory(redo.parent)
+
+
+def _apply(redo: Path, output: Output) -> dict[str, Any]:
+    with safe_open(redo, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            output.files.write(name, file.get_tensor(name))
+        found: dict[str, Any] = json.loads(file.metadata()["found"])
+    output.files.flush()
+    return found

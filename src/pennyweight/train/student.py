@@ -1,0 +1,214 @@
+"""A quantized model that is differentiated block by block, with one block decoded in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.core.parallel import parallel_map
+from pennyweight.models.sites import Place
+from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.schemes import QuantizedWeight
+from pennyweight.schemes.parameters import Parameters
+from pennyweight.train.masters import Master, TrainedSite, vector_master
+from pennyweight.train.teacher import Teacher
+
+Slopes = dict[str, Tensor]
+_STORED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A parameter of the module in the making: decoded sites in their places, or the value of a master."""
+
+    value: Tensor
+    sites: tuple[tuple[TrainedSite, Place], ...] = ()
+
+
+class Student:
+    """`model` with the codes of `weights` (by site name) in place of its sites' weights.
+
+    masters   what is trained, by name: "SITE.scales", and each norm and bias by its checkpoint name
+    sites     site name -> the site in training
+    """
+
+    def __init__(self, model: StreamedModel, weights: Mapping[str, QuantizedWeight], batches: Sequence[Tensor]) -> None:
+        self.model = model
+        sites = [site for site in model.sites if site.name in weights]
+        self.sites = {site.name: TrainedSite.of(site, _moved(weights[site.name], model.device)) for site in sites}
+        self._vectors = _vectors(model)
+        self.masters: dict[str, Master] = {key: vector_master(_stored(model, key)) for key in self._vectors.values()}
+        for name, site in self.sites.items():
+            self.masters.update({f"{name}.{part}": master for part, master in site.masters.items()})
+        self._stream = model.start(batches)
+
+    @property
+    def weights(self) -> dict[str, QuantizedWeight]:
+        """Every site as it is now, in stored values."""
+        return {name: site.weight for name, site in self.sites.items()}
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Every norm and bias as it is now, in stored values, by checkpoint name."""
+        return {key: self.masters[key].value for key in self._vectors.values()}
+
+    def losses(self, teacher: Teacher, batches: Sequence[int]) -> list[float]:
+        """The loss of each batch, a mean over its tokens, with everything rounded to the stored types."""
+        stream = self._part(batches)
+        for index in range(len(self.model.blocks)):
+            with self._opened(index) as (block, _):
+                self.model.advance(block, index, stream)
+        with self.model.finishing(stream, given=self._outside()) as finish:
+
+            def one(number: int) -> float:
+                return float(teacher.loss(finish(number), batches[number])) / stream.input_ids[number].numel()
+
+            return parallel_map(one, range(len(batches)))
+
+    def slopes(self, teacher: Teacher, batches: Sequence[int]) -> tuple[float, Slopes]:
+        """The mean loss over the tokens of `batches`, and its slope for each master that it depends on.
+
+        Inputs of all blocks are kept; then the blocks are run once more, last to first, each with its own graph
+        (Chen, Xu, Zhang, Guestrin, arXiv:1604.06174). Sums are made in the order of the batches.
+        """
+        stream = self._part(batches)
+        inputs: list[list[Tensor]] = []
+        for index in range(len(self.model.blocks)):
+            inputs.append(stream.hidden)
+            with self._opened(index) as (block, _):
+                stream.hidden = self.model.run_block(block, index, stream)
+        loss, outer, slopes = self._finished(teacher, stream, batches)
+        for index in reversed(range(len(self.model.blocks))):
+            stream.hidden = inputs.pop()
+            outer, found = self._back(index, stream, outer)
+            slopes |= found
+        return loss, slopes
+
+    # -- parts of a pass ----------------------------------------------------------------------------------------
+
+    def _part(self, batches: Sequence[int]) -> Stream:
+        whole = self._stream
+        ids, hidden = ([items[batch] for batch in batches] for items in (whole.input_ids, whole.hidden))
+        return Stream(ids, hidden, [whole.arguments[batch] for batch in batches])
+
+    def _finished(self, teacher: Teacher, stream: Stream, batches: Sequence[int]) -> tuple[float, list[Tensor], Slopes]:
+        """The loss, its gradient with respect to what the last block gives, and slopes outside the blocks."""
+        tokens = sum(ids.numel() for ids in stream.input_ids)
+        given = self._outside()
+        stream.hidden = [hidden.requires_grad_() for hidden in stream.hidden]
+        leaves = {name: _Leaf(value.requires_grad_()) for name, value in given.items()}
+        with self.model.finishing(stream, given=given) as finish:
+
+            def one(number: int) -> tuple[float, Tensor, Slopes]:
+                with torch.enable_grad():
+                    loss = teacher.loss(finish(number), batches[number]) / tokens
+                return float(loss.detach()), *self._gradients(loss, stream.hidden[number], leaves, None)
+
+            found = parallel_map(one, range(len(batches)))
+        return math.fsum(loss for loss, _, _ in found), [dx for _, dx, _ in found], _sum(part for _, _, part in found)
+
+    def _back(self, index: int, stream: Stream, outer: Sequence[Tensor]) -> tuple[list[Tensor], Slopes]:
+        """From gradients with respect to the outputs of block `index` to those of its inputs, and its slopes."""
+        stream.hidden = [hidden.detach().requires_grad_() for hidden in stream.hidden]
+        with self._opened(index) as (block, leaves):
+            for leaf in leaves.values():
+                leaf.value.requires_grad_()
+
+            def one(number: int) -> tuple[Tensor, Slopes]:
+                with torch.enable_grad():
+                    out = self.model.differentiable(block, index, stream, number)
+                return self._gradients(out, stream.hidden[number], leaves, outer[number])
+
+            found = parallel_map(one, range(len(outer)))
+        return [dx for dx, _ in found], _sum(part for _, part in found)
+
+    def _gradients(
+        self, out: Tensor, x: Tensor, leaves: Mapping[str, _Leaf], outer: Tensor | None
+    ) -> tuple[Tensor, Slopes]:
+        values = [leaf.value for leaf in leaves.values()]
+        dx, *rest = torch.autograd.grad(out, [x, *values], outer, allow_unused=True)
+        # None where the output does not depend on the leaf.
+        gradients: list[Tensor | None] = list(rest)
+        slopes: Slopes = {}
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            if gradient is None:
+                continue
+            for site, place in leaf.sites:
+                found = site.slopes(place.view(gradient))
+                slopes.update({f"{site.site.name}.{part}": slope for part, slope in found.items()})
+            if not leaf.sites:
+                key = self._vectors[name]
+                slopes[key] = self.masters[key].slope(gradient)
+        return dx, slopes
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[tuple[nn.Module, dict[str, _Leaf]]]:
+        """Block `index` with its current weights, and those of its parameters that depend on masters."""
+        places: dict[str, list[tuple[TrainedSite, Place]]] = {}
+        for site in self.model.sites_of(index):
+            if site.name in self.sites:
+                place = self.model.places[site.name]
+                places.setdefault(place.parameter, []).append((self.sites[site.name], place))
+        leaves = {name: _Leaf(self._assembled(name, members), tuple(members)) for name, members in places.items()}
+        within = f"{self.model.blocks[index]}."
+        for name, key in self._vectors.items():
+            if name.startswith(within):
+                leaves[name] = _Leaf(self.masters[key].value.float())
+        with self.model.opened(index, given={name: leaf.value for name, leaf in leaves.items()}) as block:
+            yield block, leaves
+
+    def _assembled(self, name: str, members: Sequence[tuple[TrainedSite, Place]]) -> Tensor:
+        """The parameter `name` made of decoded sites; what is no site keeps its stored values."""
+        shape = self.model.module.get_parameter(name).shape
+        if sum(site.site.weights for site, _ in members) == shape.numel():
+            whole = torch.empty(shape, device=self.model.device)
+        else:
+            whole = self.model.weights.read(name).to(self.model.device)
+        for site, place in members:
+            place.view(whole).copy_(site.weight.dequantize(torch.float32))
+        return whole
+
+    def _outside(self) -> dict[str, Tensor]:
+        """Trained parameters outside the blocks."""
+        blocks = tuple(f"{block}." for block in self.model.blocks)
+        names = [name for name in self._vectors if not name.startswith(blocks)]
+        return {name: self.masters[self._vectors[name]].value.float() for name in names}
+
+
+def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    parts = (getattr(weight.parameters, field.name) for field in fields(Parameters))
+    moved = Parameters(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+    return QuantizedWeight.of(weight.codes.to(device), moved, weight.scheme)
+
+
+def _vectors(model: StreamedModel) -> dict[str, str]:
+    """Norms and biases that are stored as they are used: parameter name -> checkpoint name."""
+    found = {}
+    for name, parameter in model.module.named_parameters():
+        source = model.weights.sources.get(name)
+        if source is None or source.converter is not None or parameter.ndim != 1:
+            continue
+        key = source.keys[-1]
+        if model.checkpoint.tensors[key].dtype in _STORED:
+            found[name] = key
+    return found
+
+
+def _stored(model: StreamedModel, key: str) -> Tensor:
+    return model.checkpoint.read(key).to(model.device)
+
+
+def _sum(parts: Iterable[Slopes]) -> Slopes:
+    """Added up in order."""
+    total: Slopes = {}
+    for part in parts:
+        for name, slope in part.items():
+            total[name] = total[name] + slope if name in total else slope
+    return total
