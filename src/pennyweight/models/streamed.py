@@ -295,12 +295,13 @@ class StreamedModel:
         block = self.module.get_submodule(name)
         empty = dict(block.named_parameters())
         try:
+            missing = [path for path in empty if f"{name}.{path}" not in given]
+            values = parallel_map(lambda path: self.weights.read(f"{name}.{path}").to(self.device), missing)
+            read = dict(zip(missing, values, strict=True))
+            del values
             for path in empty:
                 known = given.get(f"{name}.{path}")
-                if known is None:
-                    value = self.weights.read(f"{name}.{path}").to(self.device)
-                    known = nn.Parameter(value, requires_grad=False)
-                _set(block, path, known)
+                _set(block, path, nn.Parameter(read.pop(path), requires_grad=False) if known is None else known)
             yield block
         finally:
             for path, parameter in empty.items():

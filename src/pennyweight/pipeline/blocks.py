@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from pennyweight.core.memory import give_back_memory
@@ -25,6 +24,8 @@ from pennyweight.solvers.learned.base import BlockProblem
 # Weights that one thread reads and solves at a time where there is no data: its buffers are small enough that the
 # allocator reuses them, which a buffer of a whole matrix is not.
 _PART = 1 << 22
+# Rows that one thread puts back at a time.
+_ROWS = 256
 # Weights whose codes, a byte each, are held before they are written.
 _ROUND = 1 << 27
 
@@ -213,7 +214,8 @@ def stored_matrix(checkpoint: Checkpoint, site: Site, rows: slice | None = None)
 
 def _put_back(model: StreamedModel, site: Site, weight: QuantizedWeight) -> None:
     """The block computes with the decoded weights from now on."""
-    model.matrix(site).copy_(weight.dequantize(torch.float32))
+    matrix = model.matrix(site)
+    parallel_map(lambda rows: matrix[rows].copy_(weight.rows(rows).dequantize()), chunks(matrix.shape[0], _ROWS))
 
 
 def _replay(model: StreamedModel, output: Output, index: int, streams: Streams) -> None:

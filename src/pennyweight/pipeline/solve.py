@@ -91,23 +91,22 @@ def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int
     sample = w[rows].float()
     result = weight.rows(rows)
     nearest = round_to_nearest(sample, result.scheme, result.parameters)
-    total = _energy(sample, stats.hessian)
-    if total == 0:
-        return 0.0, 0.0
-    error = _energy(sample - result.dequantize(), stats.hessian) / total
-    if torch.equal(nearest.codes, result.codes):
-        return error, error
-    return error, _energy(sample - nearest.dequantize(), stats.hessian) / total
+    total, error, plain = _energies(
+        torch.stack([sample, sample - result.dequantize(), sample - nearest.dequantize()]), stats.hessian
+    )
+    return (error / total, plain / total) if total else (0.0, 0.0)
 
 
-def _energy(e: Tensor, hessian: Tensor | None) -> float:
-    """tr(E H Eᵀ), or |E|² without a Hessian; summed in float64 in a fixed order."""
+def _energies(e: Tensor, hessian: Tensor | None) -> list[float]:
+    """tr(E H Eᵀ) of each E in `e` [n, rows, in], or |E|² without a Hessian; summed in float64 in a fixed order."""
     if hessian is None:
-        [plain] = parallel_map(lambda x: float(x.double().square().sum()), [e])
-        return plain
-    whole = e.contiguous()
+        return parallel_map(lambda x: float(x.double().square().sum()), list(e))
 
-    def part(columns: slice) -> float:
-        return float((matmul_nt(whole, hessian[columns]) * whole[:, columns]).double().sum())
+    def part(columns: slice) -> Tensor:
+        products = matmul_nt(e.flatten(0, 1), hessian[columns]).view(e.shape[0], e.shape[1], -1)
+        return products.mul_(e[:, :, columns]).double().sum((1, 2))
 
-    return sum(parallel_map(part, chunks(hessian.shape[0], _PRODUCT)))
+    energies: list[float] = sum(
+        parallel_map(part, chunks(hessian.shape[0], _PRODUCT)), e.new_zeros((), dtype=torch.float64)
+    ).tolist()
+    return energies
