@@ -12,7 +12,7 @@ enum class Stored : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A block of columns of a weight, transposed: arrays are [columns, rows], row-major, float32.
 struct RoundBlock {
-  float* targets;        // in: what each column should be rounded from; out: undefined
+  float* targets;        // in: what each column should be rounded from; out: what it was, with the errors of the others
   const float* weights;  // the weights themselves
   float* values;         // out: values of the number format (whole numbers)
   float* errors;         // out: weight - decoded weight

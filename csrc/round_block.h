@@ -94,6 +94,9 @@ void round_all(const RoundBlock& b) {
       __builtin_memcpy(near + column * kRows, b.targets + column * b.rows + first, kRows * sizeof(float));
     }
     round_rows<kStored>(b, {near, kRows}, first, kRows);
+    for (std::size_t column = 0; column < b.columns; ++column) {
+      __builtin_memcpy(b.targets + column * b.rows + first, near + column * kRows, kRows * sizeof(float));
+    }
   }
   for (; first < b.rows; first += kRows) {
     const std::size_t count = b.rows - first < kRows ? b.rows - first : kRows;

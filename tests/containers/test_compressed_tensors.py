@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
@@ -60,6 +61,24 @@ def test_the_librarys_own_decoder_gives_the_decoded_weight(name: str) -> None:
     group = theirs.config_groups["group_0"]
     decoded = PackedQuantizationCompressor.decompress(tensors, group)["weight"]
     assert torch.equal(decoded, weight.dequantize(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3-channel", "fp8_e4m3-tensor", "mxfp8", "mxfp4", "nvfp4"])
+def test_the_librarys_own_decoder_gives_the_decoded_weight_of_small_floats(name: str) -> None:
+    place, torch_scheme = site(shape=(13, 96)), scheme(name)
+    weight = quantize_nearest(torch.randn(13, 96) * torch.rand(13, 1) + 0.5, torch_scheme)
+    tensors = {key.removeprefix(f"{place.name}."): value for key, value in CONTAINER.encode(place, weight).items()}
+    config = CONTAINER.config(Plan({place.name: torch_scheme}), [place], FACTS, runtime="transformers")
+    group = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    reader = BaseCompressor.get_value_from_registry(group.format)
+    assert torch.equal(reader.decompress(tensors, group)["weight"], weight.dequantize(torch.bfloat16))
+
+
+def test_a_parent_that_its_reciprocal_does_not_lead_back_to_is_refused() -> None:
+    weight = quantize_nearest(torch.randn(4, 64), scheme("nvfp4"))
+    assert weight.parents is not None
+    with pytest.raises(ContainerError, match=r"nvfp4 with the parent 0.904808.*use a power of two"):
+        CONTAINER.encode(site(shape=(4, 64)), replace(weight, parents=torch.tensor([[0.9048081636428833]])))
 
 
 def test_decode_names_what_is_missing_or_wrong() -> None:
@@ -147,6 +166,14 @@ def test_patterns_match_exactly_the_names_given(data: st.DataObject) -> None:
     ("name", "changes", "said"),
     [
         ("uint4-g32", {}, "use int4"),
+        ("nf4-g64", {}, "has no layout for it, only for signed integers"),
+        ("int4-g32-offset", {}, "has no layout for it"),
+        ("int4-g32-fzero", {}, "has no layout for it"),
+        ("ternary-channel", {}, "has no layout for it"),
+        ("bal2-g64", {}, "has no layout for it"),
+        ("fp8_e4m3-g32", {}, "fp8_e4m3-channel"),
+        ("fp8_e5m2-channel", {}, "fp8_e4m3-channel"),
+        ("fp4_e2m1-g16-e8m0", {}, "mxfp4 and nvfp4"),
         ("int4-g48", {}, "128 inputs cannot be split into groups of 48"),
         ("int4-g32", {"kind": "conv1d", "transposed": True}, "GPT-2's weights are stored transposed"),
         ("int4-g32", {"kind": "expert", "index": 2}, "keeps its experts together"),
@@ -175,6 +202,9 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(
         ("int8-g64", None),
         ("int4-channel-asym", None),
         ("int8-channel", None),
+        ("fp8_e4m3-channel", None),
+        ("mxfp4", "not been proved with vLLM"),
+        ("nvfp4", "one global scale for all that it merges"),
     ],
 )
 def test_vllm_takes_what_its_kernels_take(name: str, said: str | None) -> None:

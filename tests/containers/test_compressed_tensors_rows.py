@@ -143,6 +143,53 @@ def test_different_asymmetric_schemes_still_fail(build: Callable[..., Source], t
     assert not opened(build("llama"), MIXED_WITH_ZEROS, tmp_path / "b").is_equal
 
 
+# ---- small floats
+
+FLOATS = ["fp8_e4m3-channel", "fp8_e4m3-tensor", "mxfp8", "mxfp4", "nvfp4"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", FLOATS)
+def test_small_floats_are_equal(scheme: str, dtype: torch.dtype, build: Callable[..., Source], tmp_path: Path) -> None:
+    check_equal(build("llama", dtype=dtype), scheme, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"down": "mxfp4", r"layers\.1.*o_proj": None, "": "int4-g32"},
+        {"down": "nvfp4", "q_proj": "mxfp8", "k_proj": "fp8_e4m3-channel", "o_proj": "mxfp4", "": "int3-channel"},
+    ],
+)
+def test_small_floats_beside_integers_are_equal(rules: Rules, build: Callable[..., Source], tmp_path: Path) -> None:
+    check_equal(build("llama", dtype=torch.bfloat16), rules, tmp_path)
+
+
+def test_what_decodes_to_bfloat16_is_refused_beside_others_in_another_model_and_still_fails(
+    build: Callable[..., Source], tmp_path: Path
+) -> None:
+    rules: Rules = {"down": "mxfp4", "": "int4-g32"}
+    said = refusal(build("llama"), rules)
+    assert said is not None
+    assert "decodes it to bfloat16" in said
+    assert not opened(build("llama"), rules, tmp_path).is_equal
+
+
+@pytest.mark.parametrize("scheme", ["fp8_e4m3-channel", "fp8_e4m3-tensor"])
+def test_experts_of_plain_fp8_are_equal(scheme: str, build: Callable[..., Source], tmp_path: Path) -> None:
+    check_equal(build("mixtral"), scheme, tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "nvfp4"])
+def test_experts_of_other_small_floats_are_refused_and_still_fail(
+    scheme: str, build: Callable[..., Source], tmp_path: Path
+) -> None:
+    said = refusal(build("mixtral"), {r"\.experts": scheme, "": "fp8_e4m3-channel"})
+    assert said is not None
+    assert "decodes experts as packed integers or plain fp8 only" in said
+    assert not opened(build("mixtral"), {r"\.experts": scheme, "": "fp8_e4m3-channel"}, tmp_path).is_equal
+
+
 # ---- embeddings and heads
 
 

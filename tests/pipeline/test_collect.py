@@ -309,8 +309,10 @@ def test_the_cross_moment_pairs_the_tokens_of_both_streams(directories: dict[str
         assert (moment - expected).abs().max() <= TOLERANCE * expected.abs().max()
     for handed_on, output in zip(streams.original.hidden, outputs, strict=True):
         assert torch.equal(handed_on, output)
-    experts = [one.stats.cross for name, one in found.items() if ".experts." in name]
-    assert experts == [None] * len(experts)
+    for name, one in found.items():
+        if ".experts." in name:
+            assert one.stats.cross is one.stats.hessian
+            assert "taken to be those that there are" in one.notes[-1]
 
 
 def test_before_anything_is_quantized_there_is_nothing_to_cross(directories: dict[str, Path]) -> None:
@@ -320,5 +322,6 @@ def test_before_anything_is_quantized_there_is_nothing_to_cross(directories: dic
     with model.opened(0) as block:
         outputs = model.run_block(block, 0, streams.original)
         found = collect(model, block, 0, streams)
-    assert all(one.stats.cross is None for one in found.values())
+    assert all(one.stats.cross is one.stats.hessian and not one.notes for one in found.values())
+    assert found[f"{LAYER}.mlp.gate_proj"].stats is found[f"{LAYER}.mlp.up_proj"].stats
     assert all(torch.equal(one, other) for one, other in zip(streams.original.hidden, outputs, strict=True))

@@ -16,9 +16,10 @@ from pennyweight.core.errors import ShapeError
 from pennyweight.kernels.feedback import Grid
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales, parse_scheme
-from pennyweight.solvers import gptq
+from pennyweight.solvers import feedback, rounding
 from pennyweight.solvers.base import Statistics
-from pennyweight.solvers.gptq import Factor, Gptq
+from pennyweight.solvers.factor import Factor, factor_of
+from pennyweight.solvers.gptq import Gptq
 from pennyweight.solvers.nearest import Nearest
 from tests.solvers.problems import agreement, loss, problem
 
@@ -97,7 +98,8 @@ def test_block_size_changes_speed_only(name: str, block: int) -> None:
 def test_rows_solved_together_change_speed_only(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     w, stats = problem(100, 192, seed=2)
     expected = Gptq(block=BLOCK).solve(w, parse_scheme(name), stats).weight
-    monkeypatch.setattr(gptq, "_ROWS", rows)
+    for module in (rounding, feedback):
+        monkeypatch.setattr(module, "_ROWS", rows)
     assert torch.equal(Gptq(block=BLOCK).solve(w, parse_scheme(name), stats).weight.codes, expected.codes)
 
 
@@ -129,7 +131,7 @@ def relative_gap_of_the_objective(name: str, monkeypatch: pytest.MonkeyPatch) ->
     w, stats = problem(48, 288, seed=4)
     assert stats.hessian is not None
     left: list[Tensor] = []
-    plain = gptq.round_block_
+    plain = feedback.round_block_
 
     def recording(targets: Tensor, w: Tensor, values: Tensor, errors: Tensor, **rest: Any) -> None:
         plain(targets, w, values, errors, **rest)
@@ -137,7 +139,7 @@ def relative_gap_of_the_objective(name: str, monkeypatch: pytest.MonkeyPatch) ->
         left.insert(0, targets.double() - (w.double() - errors.double()))
 
     with monkeypatch.context() as patch:
-        patch.setattr(gptq, "round_block_", recording)
+        patch.setattr(feedback, "round_block_", recording)
         weight = Gptq(block=BLOCK).solve(w, parse_scheme(name), stats).weight
     h = stats.hessian.double()
     h += Gptq().damping * h.diagonal().mean() * torch.eye(288, dtype=h.dtype)
@@ -155,7 +157,7 @@ def test_the_objective_is_the_sum_of_what_each_column_left(name: str, monkeypatc
 def test_the_unit_lower_factor_is_that_of_the_damped_hessian_in_order() -> None:
     _, stats = problem(1, 150)
     assert stats.hessian is not None
-    factor = Gptq(block=150)._factorize(stats)
+    factor = factor_of(stats, damping=0.01, block=150)
     order, [lower] = factor.order, factor.within
     assert factor.notes == ()
     assert (stats.hessian.diagonal()[order].diff() >= 0).all()
@@ -171,28 +173,27 @@ def test_the_unit_lower_factor_is_that_of_the_damped_hessian_in_order() -> None:
 # --- planted faults --------------------------------------------------------------------------------------------------
 
 
-def with_panels(factor_of_block: Callable[[int], float]) -> Callable[..., Tensor]:
-    """`_solve_rows` with the errors of the n-th block counted `factor_of_block(n)` times in the columns before it."""
+def with_panels(factor_of_block: Callable[[int], float]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_round_rows` with the errors of the n-th block counted `factor_of_block(n)` times in the columns before it."""
 
-    def solve_rows(w: Tensor, grid: Grid, groups: Tensor, factor: Factor) -> Tensor:
-        targets, values = w.clone(), torch.empty_like(w)
+    def round_rows(w: Tensor, grid: Grid, groups: Tensor, factor: Factor) -> tuple[Tensor, Tensor, Tensor]:
+        aims, values, errors = w.clone(), torch.empty_like(w), torch.empty_like(w)
         for number, part in enumerate(factor.blocks):
-            errors = torch.empty_like(w[part])
-            gptq.round_block_(
-                targets[part],
+            feedback.round_block_(
+                aims[part],
                 w[part],
                 values[part],
-                errors,
+                errors[part],
                 lower=factor.within[number],
                 grid=grid,
                 groups=groups[part],
             )
             if part.start:
-                passed_on = matmul_nt(factor.before[number], errors.T.contiguous())
-                targets[: part.start] += factor_of_block(number) * passed_on
-        return values
+                passed_on = matmul_nt(factor.before[number], errors[part].T.contiguous())
+                aims[: part.start] += factor_of_block(number) * passed_on
+        return values, aims, errors
 
-    return solve_rows
+    return round_rows
 
 
 # A column that corrects all columns before it, after which its block does so again, corrects twice.
@@ -200,13 +201,13 @@ PLANTED = {"past its block": with_panels(lambda n: 2.0), "lost after the first":
 
 
 def test_the_planted_faults_differ_from_the_real_thing_by_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "_solve_rows", with_panels(lambda n: 1.0))
+    monkeypatch.setattr(feedback, "_round_rows", with_panels(lambda n: 1.0))
     assert agreement_with_the_paper("int4-g32-f32", 288) > ALMOST_ALL
 
 
 @pytest.fixture(params=PLANTED.values(), ids=PLANTED.keys())
 def _faulty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "_solve_rows", request.param)
+    monkeypatch.setattr(feedback, "_round_rows", request.param)
 
 
 @pytest.mark.usefixtures("_faulty")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -115,3 +116,12 @@ def test_a_vector_of_zeros_can_move() -> None:
     master.step.fill_(0.5)
     assert master.value.tolist() == [0.5] * 4
     assert vector_master(torch.tensor([3.0, -4.0])).unit.item() == pytest.approx(12.5**0.5)
+
+
+def test_a_step_goes_twice_as_far_with_each_bit_fewer() -> None:
+    units = [_site(f"uint{bits}-g8-offset-f32").masters for bits in (2, 3, 4)]
+    for coarse, fine in pairwise(units):
+        ratio = coarse["scales"].unit / coarse["scales"].start.abs(), fine["scales"].unit / fine["scales"].start.abs()
+        torch.testing.assert_close(ratio[0], 2 * ratio[1])
+        torch.testing.assert_close(coarse["offsets"].unit, coarse["scales"].unit)
+    assert vector_master(torch.ones(4), bits=3).unit.item() == 2

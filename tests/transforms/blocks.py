@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models.skeleton import call_arguments, find_blocks
 from tests.models.families import FAMILIES, build, token_batches
 
@@ -33,31 +34,30 @@ class Alone:
     block: nn.Module
     hidden: Tensor
     arguments: dict[str, Any]
+    is_exact: bool = True
 
     def run(self, module: nn.Module) -> Tensor:
-        with InDouble():
+        with torch.no_grad(), one_thread_per_operation(), InDouble() if self.is_exact else nullcontext():
             out = module(self.hidden, **self.arguments)
         found = out[0] if isinstance(out, tuple) else out
         assert isinstance(found, Tensor)
         return found
 
 
-def block_of(family: str, index: int = 0, *, change: Callable[[nn.Module], None] | None = None, **config: Any) -> Alone:
+def block_of(family: str, index: int = 0) -> Alone:
     """Block `index` of the family's tiny model in float64."""
     known = FAMILIES[family]
-    model = build(known.architecture, {**known.config, **config})
+    model = build(known.architecture, known.config)
     model.config._experts_implementation = "eager"  # type: ignore[union-attr]
     model = model.double()
     block = model.get_submodule(find_blocks(model)[index])
-    if change is not None:
-        change(block)
     seen: dict[str, Any] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(args=args, kwargs=kwargs)
 
     hook = block.register_forward_pre_hook(note, with_kwargs=True)
-    with torch.no_grad():
+    with torch.no_grad(), one_thread_per_operation():
         model(**call_arguments(model, token_batches((2,), 12)[0]))
     hook.remove()
     hidden = torch.randn(2, 12, seen["args"][0].shape[-1], dtype=torch.float64)

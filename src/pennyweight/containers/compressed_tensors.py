@@ -1,6 +1,6 @@
-"""compressed-tensors `pack-quantized`: weight-only signed integers for transformers and vLLM.
+"""compressed-tensors: weight-only signed integers (`pack-quantized`) and small floats for transformers and vLLM.
 
-A site SITE of [out, in] becomes
+The float formats are in compressed_tensors_floats.py. Integers of a site SITE of [out, in] become
     SITE.weight_packed      int32 [out, ceil(in * bits / 32)], codes packed densely along the input
     SITE.weight_scale       [out, groups], or [1] per tensor, in the model's own type
     SITE.weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along the output; int8 [1] per tensor;
@@ -12,12 +12,14 @@ with code = value + 2**(bits-1) everywhere. Source: compressed_tensors.compresso
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from pennyweight.containers import compressed_tensors_floats as floats
 from pennyweight.containers.base import Container, ModelFacts
+from pennyweight.containers.compressed_tensors_floats import INTEGERS, layout_of
 from pennyweight.containers.compressed_tensors_rules import plan_refusal, site_refusal
 from pennyweight.containers.compressed_tensors_targets import patterns
 from pennyweight.core.errors import ContainerError
@@ -28,10 +30,11 @@ from pennyweight.schemes import PerGroup, PerTensor, QuantizedWeight, Scheme
 
 # Older readers expect 3, 5, 6 and 7 bits with padding and decode a dense file to other numbers, without an error.
 MINIMUM_VERSION = "0.18"
+Part = TypeVar("Part", Tensor, TensorInfo)
 
 
 class CompressedTensors:
-    """The container of transformers and vLLM for integer weights."""
+    """The container of transformers and vLLM."""
 
     @property
     def name(self) -> str:
@@ -49,6 +52,8 @@ class CompressedTensors:
 
     def entries(self, site: Site, scheme: Scheme) -> Mapping[str, TensorInfo]:
         """The tensors of `site` by full name, in the order in which they are written."""
+        if layout_of(scheme) != INTEGERS:
+            return _named(site, floats.entries(site, scheme))
         rows, columns = site.shape
         bits = scheme.element.bits
         _, groups = scheme.scale_shape(site.shape)
@@ -61,12 +66,14 @@ class CompressedTensors:
             packed_zeros = TensorInfo(torch.int32, (packed_words(rows, bits), groups))
             infos["weight_zero_point"] = TensorInfo(torch.int8, (1,)) if is_single else packed_zeros
         infos["weight_shape"] = TensorInfo(torch.int64, (2,))
-        return {f"{site.name}.{part}": info for part, info in infos.items()}
+        return _named(site, infos)
 
     def encode(self, site: Site, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors of `site`; raises ContainerError if `weight` is not a matrix of the site's shape."""
         if weight.shape != site.shape:
             raise ContainerError(f"{site.name}: codes of shape {weight.shape} given, {site.shape} expected")
+        if layout_of(weight.scheme) != INTEGERS:
+            return _named(site, floats.encode(site, weight))
         bits = weight.scheme.element.bits
         is_single = isinstance(weight.scheme.granularity, PerTensor)
         parts = {
@@ -77,7 +84,7 @@ class CompressedTensors:
             packed = weight.zeros.to(torch.int8).reshape(1) if is_single else _pack_zeros(weight.zeros, bits)
             parts["weight_zero_point"] = packed
         parts["weight_shape"] = torch.tensor(site.shape, dtype=torch.int64)
-        return {f"{site.name}.{part}": tensor for part, tensor in parts.items()}
+        return _named(site, parts)
 
     def decode(self, site: Site, scheme: Scheme, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The weight that `encode` wrote; raises ContainerError if a tensor is missing or not as in `entries`."""
@@ -85,6 +92,8 @@ class CompressedTensors:
             if name not in tensors or TensorInfo(tensors[name].dtype, tuple(tensors[name].shape)) != info:
                 given = f"{tensors[name].dtype} {tuple(tensors[name].shape)}" if name in tensors else "nothing"
                 raise ContainerError(f"{name}: {given} found, {info.dtype} {info.shape} expected for {scheme}")
+        if layout_of(scheme) != INTEGERS:
+            return floats.decode(scheme, {name.removeprefix(f"{site.name}."): t for name, t in tensors.items()})
         bits, shape = scheme.element.bits, scheme.scale_shape(site.shape)
         zeros = tensors.get(f"{site.name}.weight_zero_point") if scheme.zero is not None else None
         if zeros is not None:
@@ -107,19 +116,20 @@ class CompressedTensors:
         everything = [*(site.name for site in sites), *facts.linear_names]
         rest = [*(site.name for site in sites if site.name not in plan.schemes), *facts.linear_names]
         several = len(groups) > 1
+        layouts = {layout_of(scheme) for scheme in groups}
         config_groups = {
             f"group_{index}": {
                 "targets": patterns([site.name for site in members], among=everything) if several else ["Linear"],
                 "weights": _weights_arguments(scheme),
                 "input_activations": None,
                 "output_activations": None,
-                "format": "pack-quantized",
+                "format": layout_of(scheme),
             }
             for index, (scheme, members) in enumerate(groups.items())
         }
         config: dict[str, Any] = {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": next(iter(layouts)) if len(layouts) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "version": f"{MINIMUM_VERSION}.0",
             "config_groups": config_groups,
@@ -127,8 +137,10 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-        # transformers 5.23 builds no modules that packed zero points fit into; it can decode them while loading.
-        if not several and any(scheme.zero for scheme in groups):
+        # transformers 5.23 builds no modules that packed zero points or float weights of another type than the model's
+        # fit into; it can decode them while loading.
+        is_other = facts.dtype != "bfloat16" and not layouts.isdisjoint(floats.BFLOAT16_ONLY)
+        if not several and (is_other or any(scheme.zero for scheme in groups)):
             config["dequantize"] = True
         return config
 
@@ -149,6 +161,7 @@ def _weights_arguments(scheme: Scheme) -> dict[str, Any]:
             strategy, group_size = "group", size
         case _:
             strategy, group_size = "channel", None
+    changed = {} if layout_of(scheme) == INTEGERS else floats.arguments(scheme)
     return {
         "num_bits": scheme.element.bits,
         "type": "int",
@@ -160,7 +173,13 @@ def _weights_arguments(scheme: Scheme) -> dict[str, Any]:
         "block_structure": None,
         "observer": "minmax",
         "observer_kwargs": {},
+        **changed,
     }
+
+
+def _named(site: Site, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """With the names of the checkpoint."""
+    return {f"{site.name}.{part}": value for part, value in parts.items()}
 
 
 def _pack_zeros(zeros: Tensor, bits: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What pack-quantized cannot hold, and what transformers 5.23 or vLLM refuse or would load wrongly, in sentences.
+"""What compressed-tensors cannot hold, and what transformers 5.23 or vLLM refuse or would load wrongly, in sentences.
 
 tests/containers/test_compressed_tensors_rows.py opens files that break these rules to see that they are still true.
 """
@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from pennyweight.containers.base import ModelFacts
+from pennyweight.containers.compressed_tensors_floats import BFLOAT16_ONLY, layout_of
 from pennyweight.formats.integer import Int
 from pennyweight.models.base import Site
 from pennyweight.plan.plan import Plan
-from pennyweight.schemes import PerGroup, PerTensor, Scheme
+from pennyweight.schemes import PerChannel, PerGroup, PerTensor, Scheme
 
 SiteRule = Callable[[Scheme, Site], str | None]
 PlanRule = Callable[[Plan, Sequence[Site]], str | None]
@@ -26,9 +27,8 @@ _FUSED_WITH = {member: members for members in _FUSED for member in members}
 
 def site_refusal(scheme: Scheme, site: Site, *, runtime: str) -> str | None:
     """Why `runtime` cannot read `scheme` for `site` from this container, or None."""
-    rules: tuple[SiteRule, ...] = (_format, _scales, _storage, _groups)
-    if runtime == "vllm":
-        rules = (*rules, _marlin)
+    rules: tuple[SiteRule, ...] = (_format, _storage, _groups)
+    rules = (*rules, _vllm_floats, _marlin) if runtime == "vllm" else (*rules, _float_experts)
     return next((reason for rule in rules if (reason := rule(scheme, site)) is not None), None)
 
 
@@ -36,7 +36,7 @@ def plan_refusal(plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtim
     """Why `runtime` cannot read the whole plan, or None."""
     if not plan.schemes:
         return "no site has a scheme: there is nothing to write; the float model is already what would be written"
-    reason = _scale_type(plan, facts)
+    reason = _scale_type(plan, facts) or _decoded_type(plan, facts)
     if reason is not None:
         return reason
     rules: tuple[PlanRule, ...] = (
@@ -49,21 +49,26 @@ def plan_refusal(plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtim
 
 
 def _format(scheme: Scheme, site: Site) -> str | None:
-    element = scheme.element
-    if isinstance(element, Int) and element.signed:
+    if layout_of(scheme) is not None:
         return None
+    element = scheme.element
+    if isinstance(element, Int) and scheme.is_plain:
+        return (
+            f"{site.name}: {scheme} given; compressed-tensors packs signed integers of 2 to 8 bits only: "
+            f"use int{element.bits}, with -asym where the weights lie on one side of zero"
+        )
     return (
-        f"{site.name}: {scheme} given; compressed-tensors packs signed integers of 2 to 8 bits only: "
-        f"use int{element.bits}, with -asym where the weights lie on one side of zero"
+        f"{site.name}: {scheme} given; compressed-tensors has no layout for it, only for signed integers with float "
+        "scales and integer zero points, fp8_e4m3-channel, fp8_e4m3-tensor, mxfp8, mxfp4 and nvfp4: use one of these"
     )
 
 
-def _scales(scheme: Scheme, site: Site) -> str | None:
-    if scheme.is_plain:
+def _float_experts(scheme: Scheme, site: Site) -> str | None:
+    if site.kind != "expert" or layout_of(scheme) not in BFLOAT16_ONLY:
         return None
     return (
-        f"{site.name}: {scheme} given; compressed-tensors reads integers with float scales and integer zero "
-        "points only: leave out -fzero, -offset and the number format of the scales"
+        f"{site.name}: {scheme} given; transformers decodes experts as packed integers or plain fp8 only: "
+        "use integers or fp8_e4m3-channel for the experts"
     )
 
 
@@ -93,8 +98,20 @@ def _groups(scheme: Scheme, site: Site) -> str | None:
     )
 
 
+def _vllm_floats(scheme: Scheme, site: Site) -> str | None:
+    is_fp8_channel = layout_of(scheme) == "float-quantized" and isinstance(scheme.granularity, PerChannel)
+    if isinstance(scheme.element, Int) or is_fp8_channel:
+        return None
+    said = "vLLM takes one global scale for all that it merges, and would decode the others wrongly"
+    if scheme.scale.parent is None:
+        said = "this layout has not been proved with vLLM's weight-only kernels"
+    return f"{site.name}: {scheme} given; {said}: use integers or fp8_e4m3-channel"
+
+
 def _marlin(scheme: Scheme, site: Site) -> str | None:
     bits = scheme.element.bits
+    if not isinstance(scheme.element, Int):
+        return None
     if bits not in (4, 8):
         return f"{site.name}: {scheme} given; vLLM runs packed integers of 4 and 8 bits only: use int4 or int8"
     if scheme.zero is not None and bits != 4:
@@ -114,10 +131,23 @@ def _marlin(scheme: Scheme, site: Site) -> str | None:
 
 def _scale_type(plan: Plan, facts: ModelFacts) -> str | None:
     for name, scheme in plan.schemes.items():
-        if scheme.scale.dtype != facts.dtype:
+        if scheme.scale.element is None and scheme.scale.dtype != facts.dtype:
             return (
                 f"{name}: {scheme.scale.dtype} scales in a {facts.dtype} model would be cast to {facts.dtype} when "
                 f"loaded and decode to other weights: use {facts.dtype} scales (leave the scale type out of the scheme)"
+            )
+    return None
+
+
+def _decoded_type(plan: Plan, facts: ModelFacts) -> str | None:
+    """What only ever decodes to bfloat16 needs to be decoded while loading, where that is not the model's type."""
+    if facts.dtype == "bfloat16" or len(set(plan.schemes.values())) < 2:
+        return None
+    for name, scheme in plan.schemes.items():
+        if layout_of(scheme) in BFLOAT16_ONLY:
+            return (
+                f"{name}: {scheme} given; compressed-tensors decodes it to bfloat16, which a {facts.dtype} model takes "
+                "only where all layers have one scheme: use one scheme, or no mxfp8, mxfp4 and nvfp4"
             )
     return None
 

@@ -11,8 +11,8 @@ from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.config_json import read_config_json
 from pennyweight.models.streamed import StreamedModel
 
-_PACKED = ".weight_packed"
-_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_SCALE = ".weight_scale"
+_PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape")
 
 
 class RuntimeDecoder:
@@ -25,7 +25,7 @@ class RuntimeDecoder:
     def __init__(self, model: StreamedModel) -> None:
         quantization: Any = importlib.import_module("compressed_tensors.quantization")
         self._stored = open_checkpoint(model.path)
-        self.names = [name.removesuffix(_PACKED) for name in self._stored.tensors if name.endswith(_PACKED)]
+        self.names = [name.removesuffix(_SCALE) for name in self._stored.tensors if name.endswith(_SCALE)]
         settings = {
             key: value
             for key, value in read_config_json(model.path)["quantization_config"].items()
@@ -48,6 +48,7 @@ class RuntimeDecoder:
         compressors: Any = importlib.import_module("compressed_tensors.compressors")
         found = {part: f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in self._stored.tensors}
         state = {part: self._stored.read(full) for part, full in found.items()}
-        weight = compressors.PackedQuantizationCompressor.decompress(state, self._schemes[name])["weight"]
+        scheme = self._schemes[name]
+        weight = compressors.BaseCompressor.get_value_from_registry(scheme.format).decompress(state, scheme)["weight"]
         assert isinstance(weight, Tensor)
         return weight

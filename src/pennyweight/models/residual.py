@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.core.errors import ModelError
+from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models.folds import FoldFinder, Kind, kind_of, small_ids
 from pennyweight.models.rotation_plan import BlockRoles, RotationPlan
 from pennyweight.models.streamed import StreamedModel
@@ -30,6 +31,7 @@ from pennyweight.transforms.probe import trace
 _TOLERANCE = 1e-4
 
 
+@one_thread_per_operation()
 def rotated(
     model: StreamedModel, *, seed: int = 0, heads: bool = True, stored: torch.dtype | None = None
 ) -> StreamedModel:

@@ -16,6 +16,9 @@ from pennyweight.stats.cross_moment import CrossMoment
 from pennyweight.stats.magnitude import Magnitude
 from pennyweight.stats.second_moment import SecondMoment
 
+# Of an expert, whose rows are other tokens in the original model.
+_ROUTED = "its inputs in the original model are other tokens': taken to be those that there are"
+
 
 @dataclass
 class Streams:
@@ -88,6 +91,8 @@ def collect(
     if original is not None:
         original.hidden = handed_on
     statistics = _statistics(sites, moments)
+    if original is not None:
+        statistics = _with_cross(statistics, note=None if are_equal else _ROUTED)
     return {
         name: replace(one, magnitude=moments.magnitudes.get(moments.leaders.get(name, "")))
         for name, one in statistics.items()
@@ -144,6 +149,19 @@ def _statistics(sites: Sequence[Site], sums: _Moments) -> dict[str, SiteStatisti
                 cross = sums.crosses.get(leader)
                 shared[leader] = Statistics(moment.hessian_(), None if cross is None else cross.mean_())
             found[site.name] = SiteStatistics(shared[leader], moment.rows)
+    return found
+
+
+def _with_cross(statistics: Mapping[str, SiteStatistics], *, note: str | None) -> dict[str, SiteStatistics]:
+    """Where nothing else is known the input of the original model is taken to be the one that there is: G = H."""
+    made: dict[int, Statistics] = {}
+    found: dict[str, SiteStatistics] = {}
+    for name, one in statistics.items():
+        if one.stats.hessian is None or one.stats.cross is not None:
+            found[name] = one
+            continue
+        stats = made.setdefault(id(one.stats), Statistics(one.stats.hessian, one.stats.hessian))
+        found[name] = replace(one, stats=stats, notes=one.notes if note is None else (*one.notes, note))
     return found
 
 

@@ -28,8 +28,8 @@ class Steps:
 _WITHOUT_DATA = Steps("nearest")
 _STEPS: dict[Effort, Steps] = {
     "fast": Steps("gptq"),
-    "normal": Steps("gptq"),
-    "best": Steps("gptq"),
+    "normal": Steps("qronos"),
+    "best": Steps("qronos", refine="signed-gradient", recover=True),
 }
 
 

@@ -16,9 +16,8 @@ from pennyweight.schemes.quantized import grouped
 
 @dataclass(frozen=True)
 class Master:
-    """value = stored(start + unit * step): `step` float32 is trained, from zeros, so that a step of 0.01 means one
-    hundredth of a scale whatever its size; the value is rounded to the stored type, which the slope does not see
-    (straight-through). At step 0 it is `start`, bit for bit.
+    """value = stored(start + unit * step): `step` float32 is trained, from zeros; the value is rounded to the stored
+    type, which the slope does not see (straight-through). At step 0 it is `start`, bit for bit.
     """
 
     start: Tensor
@@ -39,10 +38,17 @@ class Master:
         return gradient.float() * self.unit
 
 
-def vector_master(stored: Tensor) -> Master:
-    """Of a norm or a bias: one step is its root mean square, or 1 where that is zero."""
+def coarseness(bits: float) -> float:
+    """How far a step goes at `bits` against 4 bits: the error of rounding halves with each bit, and so must what is
+    moved to make up for it."""
+    return float(2.0 ** (4 - bits))
+
+
+def vector_master(stored: Tensor, *, bits: float = 4) -> Master:
+    """Of a norm or a bias of a model whose weights have `bits` on average: one step is its root mean square, or 1
+    where that is zero, times `coarseness`."""
     size = stored.float().square().mean().sqrt()
-    return Master.of(stored, unit=torch.where(size > 0, size, 1.0))
+    return Master.of(stored, unit=torch.where(size > 0, size, 1.0) * coarseness(bits))
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,15 @@ class TrainedSite:
 
     @staticmethod
     def of(site: Site, weight: QuantizedWeight) -> TrainedSite:
-        # Of a zero point one step is a code, of anything else its own size: a scale of zero stays zero.
+        # Of a zero point one step is a code, of an offset a scale, of anything else its own size, times `coarseness`:
+        # a scale of zero stays zero.
         parts = _floats(weight.parameters)
         scales = weight.parameters.decoded(weight.scheme).scales.abs()
         sizes = {"zeros": torch.ones_like(scales), "offsets": scales}
-        masters = {name: Master.of(part, unit=sizes.get(name, part.float().abs())) for name, part in parts.items()}
+        each = coarseness(weight.scheme.element.bits)
+        masters = {
+            name: Master.of(part, unit=each * sizes.get(name, part.float().abs())) for name, part in parts.items()
+        }
         return TrainedSite(site, weight, masters)
 
     @property

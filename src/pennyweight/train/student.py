@@ -42,7 +42,10 @@ class Student:
         sites = [site for site in model.sites if site.name in weights]
         self.sites = {site.name: TrainedSite.of(site, _moved(weights[site.name], model.device)) for site in sites}
         self._vectors = _vectors(model)
-        self.masters: dict[str, Master] = {key: vector_master(_stored(model, key)) for key in self._vectors.values()}
+        bits = _mean_bits(self.sites.values())
+        self.masters: dict[str, Master] = {
+            key: vector_master(model.checkpoint.read(key).to(model.device), bits=bits) for key in self._vectors.values()
+        }
         for name, site in self.sites.items():
             self.masters.update({f"{name}.{part}": master for part, master in site.masters.items()})
         self._stream = model.start(batches)
@@ -201,8 +204,10 @@ def _vectors(model: StreamedModel) -> dict[str, str]:
     return found
 
 
-def _stored(model: StreamedModel, key: str) -> Tensor:
-    return model.checkpoint.read(key).to(model.device)
+def _mean_bits(sites: Iterable[TrainedSite]) -> float:
+    """Bits of a code, over all weights."""
+    counted = [(site.site.weights, site.start.scheme.element.bits) for site in sites]
+    return sum(weights * bits for weights, bits in counted) / sum(weights for weights, _ in counted)
 
 
 def _sum(parts: Iterable[Slopes]) -> Slopes:

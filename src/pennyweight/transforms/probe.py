@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pennyweight.core.parallel import one_thread_per_operation
+
 # Runs a module in place of the block that it stands for, on a small input; returns the block's output.
 Run = Callable[[nn.Module], Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -52,7 +54,7 @@ def trace(
     The inputs that are returned are those before any change.
     """
     probe = _Probe(block, before or {}, after or {})
-    with torch.no_grad():
+    with torch.no_grad(), one_thread_per_operation():
         output = run(_Probed(block, probe))
     return Trace(output, probe.maps, probe.inputs)
 

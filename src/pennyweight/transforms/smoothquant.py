@@ -38,7 +38,7 @@ def _largest_per_channel(of: list[tuple[Tensor, Tensor]], size: int) -> Tensor:
     """The largest entry of all columns that are the same channel, [size]; columns of no channel are left out."""
     largest = torch.zeros(size + 1)
     for source, columns in of:
-        largest.index_reduce_(0, source % (size + 1), columns.cpu(), "amax")
+        largest.scatter_reduce_(0, source % (size + 1), columns.cpu(), "amax")
     return largest[:size]
 
 

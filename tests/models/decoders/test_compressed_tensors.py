@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
@@ -154,8 +155,8 @@ ZEROS_OF_TWO_GROUPS = {"l.weight_zero_point": torch.zeros(5, 2, dtype=torch.int3
 @pytest.mark.parametrize(
     ("tensors", "groups", "settings", "message"),
     [
-        (SOUND, [group()], {"format": "int-quantized"}, "format 'int-quantized'; known is pack-quantized"),
-        (SOUND, [group() | {"format": "nvfp4-pack-quantized"}], {}, "format 'nvfp4-pack-quantized'"),
+        (SOUND, [group()], {"format": "int-quantized"}, "format 'int-quantized'; known are pack-quantized"),
+        (SOUND, [group() | {"format": "marlin-24"}], {}, "format 'marlin-24'"),
         (SOUND, [], {}, "no 'config_groups'"),
         (SOUND, [{"targets": ["Linear"]}], {}, "'group_0' does not say how its weights are stored"),
         (SOUND, [group(type="float")], {}, "type 'float' with 4 bits"),
@@ -193,3 +194,49 @@ def test_padded_words_of_older_libraries_are_refused_with_the_way_out(tmp_path: 
     padded = tensors | {"l.weight_packed": torch.zeros(40, 10, dtype=torch.int32)}
     with pytest.raises(CheckpointError, match=r"compressed-tensors 0\.18 or later \(older ones pad"):
         opened(tmp_path, padded, group(num_bits=3))
+
+
+# ---- small floats
+
+FLOATS = {
+    "float-quantized": {"num_bits": 8, "strategy": "channel", "group_size": None},
+    "mxfp8-quantized": {"num_bits": 8, "scale_dtype": "torch.uint8"},
+    "mxfp4-pack-quantized": {"num_bits": 4, "scale_dtype": "torch.uint8"},
+    "nvfp4-pack-quantized": {
+        "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"
+    },
+}  # fmt: skip
+
+
+def float_layer(kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A layer as compressed-tensors' own compressor stores it, and the weight that its decompressor gives."""
+    args = QuantizationArgs(**(weights(type="float") | FLOATS[kind]))
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=kind)
+    compressor = BaseCompressor.get_value_from_registry(kind)
+    state = {
+        "weight": torch.randn(40, 96).bfloat16(),
+        "weight_scale": (torch.rand(40, 96 // (args.group_size or 96)) + 0.1).bfloat16(),
+    }
+    if "nvfp4" in kind:
+        # No power of two: other programs write any number here.
+        state["weight_global_scale"] = torch.tensor([1234.5])
+    stored_parts = compressor.compress(state, scheme)
+    decoded_weight = compressor.decompress(stored_parts, scheme)["weight"]
+    return {f"l.{part}": tensor for part, tensor in stored_parts.items()}, decoded_weight
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_small_floats_decode_as_the_library_itself_does(kind: str, tmp_path: Path) -> None:
+    tensors, expected = float_layer(kind)
+    found = opened(tmp_path, tensors, group(**(FLOATS[kind] | {"type": "float"})), format=kind, dtype="bfloat16")
+    assert list(found.tensors) == ["l.weight"]
+    assert same_bits(found.read("l.weight"), expected.bfloat16())
+    assert same_bits(found.read("l.weight", slice(3, 17)), expected[3:17].bfloat16())
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_small_floats_whose_scales_do_not_fit_are_refused(kind: str, tmp_path: Path) -> None:
+    tensors, _ = float_layer(kind)
+    tensors["l.weight_scale"] = tensors["l.weight_scale"][:7].contiguous()
+    with pytest.raises(CheckpointError, match=r"l.weight_scale"):
+        opened(tmp_path, tensors, group(**(FLOATS[kind] | {"type": "float"})), format=kind)

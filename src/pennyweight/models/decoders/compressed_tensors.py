@@ -1,4 +1,5 @@
-"""Integers packed by compressed-tensors (`quant_method: compressed-tensors`, format "pack-quantized").
+"""Integers packed by compressed-tensors (`quant_method: compressed-tensors`, format "pack-quantized"), and the way to
+its small floats.
 
     X.weight_packed      int32 [out, in * bits / 32]       codes, dense, code = value + 2**(bits - 1)
     X.weight_scale             [out, groups]               groups 1 per channel; [1] per tensor
@@ -28,6 +29,8 @@ from pennyweight.kernels.packing import packed_words, unpack_int32
 from pennyweight.models.base import Checkpoint, TensorInfo
 from pennyweight.models.checkpoint import row_range
 from pennyweight.models.decoders.base import Decoder, Decoding, Virtual, companions, component, expect, suffixed
+from pennyweight.models.decoders.compressed_tensors_floats import FORMATS, float_bases, float_linear
+from pennyweight.models.decoders.compressed_tensors_floats import PARTS as FLOAT_PARTS
 from pennyweight.schemes import (
     Granularity,
     PerChannel,
@@ -111,18 +114,31 @@ class CompressedTensors:
         tensors: dict[str, Virtual] = {}
         consumed: set[str] = set()
         schemes: set[str] = set()
+        floats = float_bases(checkpoint)
+        for base in floats:
+            _check_ignored(checkpoint, base, ignore)
+            number = float_linear(checkpoint, base, dtype)
+            tensors[f"{base}.weight"] = Virtual(number.info, number.read)
+            consumed |= companions(checkpoint, base, FLOAT_PARTS + _UNUSED)
+            schemes.add(number.element)
         for base in suffixed(checkpoint, ".weight_packed"):
-            if any(_matches(base, target) for target in ignore):
-                raise CheckpointError(
-                    f"{checkpoint.path}: {base!r} is packed, but the config lists it under 'ignore', as not quantized. "
-                    "Config and weights are of different versions: download both again."
-                )
+            if base in floats:
+                continue
+            _check_ignored(checkpoint, base, ignore)
             linear = _linear(checkpoint, base, groups, dtype)
             tensors[f"{base}.weight"] = Virtual(linear.info, linear.read)
             consumed |= companions(checkpoint, base, _PARTS + _UNUSED)
             schemes.add(linear.scheme.element.name)
         names = " and ".join(sorted(schemes))
         return Decoding(f"compressed-tensors {names} weights", tensors, frozenset(consumed))
+
+
+def _check_ignored(checkpoint: Checkpoint, base: str, ignore: Iterable[str]) -> None:
+    if any(_matches(base, target) for target in ignore):
+        raise CheckpointError(
+            f"{checkpoint.path}: {base!r} is packed, but the config lists it under 'ignore', as not quantized. "
+            "Config and weights are of different versions: download both again."
+        )
 
 
 @dataclass(frozen=True)
@@ -150,10 +166,12 @@ def _config_groups(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[
                 "groups with 'weights' and 'targets'. Give the original model, or save it dequantized."
             )
         kind = group.get("format") or settings.get("format")
+        if kind in FORMATS:
+            continue
         if kind != _FORMAT:
             raise CheckpointError(
-                f"{checkpoint.path}: the config group {name!r} has the compressed-tensors format {kind!r}; known is "
-                f"{_FORMAT}. Give the original model, or save it dequantized."
+                f"{checkpoint.path}: the config group {name!r} has the compressed-tensors format {kind!r}; known are "
+                f"{', '.join((_FORMAT, *FORMATS))}. Give the original model, or save it dequantized."
             )
         found.append(_group(f"{checkpoint.path}: the config group {name!r}", group))
     return found

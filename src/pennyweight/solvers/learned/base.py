@@ -57,5 +57,8 @@ class BlockSolution:
 class BlockSolver(Protocol):
     @property
     def name(self) -> str: ...
+    def with_steps(self, steps: int, *, batches: int) -> BlockSolver:
+        """The same solver, taking `steps` steps of `batches` batches each."""
+
     def refine(self, problem: BlockProblem) -> BlockSolution:
         """Codes with which the block's output is nearer to `targets`, never farther than with those of `start`."""

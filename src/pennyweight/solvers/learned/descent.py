@@ -36,6 +36,8 @@ def descend(
     """
     with one_thread_per_operation(), torch.no_grad():
         best = dict(problem.start)
+        if not best or not problem.targets:
+            return BlockSolution(best, 0.0, 0.0, ("learned rounding had no site or no data: nothing was learned",))
         before = lowest = block_error(problem, best)
         looking = {steps * look // looks for look in range(1, looks + 1)}
         for step, drawn in enumerate(drawn_batches(len(problem.targets), batches, steps, problem.seed)):
@@ -59,7 +61,7 @@ def block_error(problem: BlockProblem, weights: Mapping[str, QuantizedWeight]) -
         return float(_squares(problem, decoded, batch).double())
 
     elements = sum(target.numel() for target in problem.targets)
-    return sum(parallel_map(one, range(len(problem.targets)))) / max(1, elements)
+    return sum(parallel_map(one, range(len(problem.targets)))) / elements
 
 
 def drawn_batches(count: int, batches: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -67,7 +69,7 @@ def drawn_batches(count: int, batches: int, steps: int, seed: int) -> Iterator[l
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for _ in range(steps):
-        while count and len(waiting) < batches:
+        while len(waiting) < batches:
             waiting += torch.randperm(count, generator=generator).tolist()
         yield waiting[:batches]
         del waiting[:batches]

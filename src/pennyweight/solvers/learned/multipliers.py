@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,14 +23,16 @@ class Multipliers:
 
     The product is rounded to the stored type before it is used. m starts at 1.
 
-    field       which of a QuantizedWeight is multiplied
+    field       which of a weight's Parameters is multiplied
     spec        the scheme's scale or offset
+    of_offsets  it belongs to the offsets, not to the scales
     start       float32, the field at the start
     factors     m, of the same shape
     """
 
     field: str
     spec: ScaleSpec
+    of_offsets: bool
     start: Tensor
     factors: Tensor
     direction: Direction
@@ -47,7 +50,14 @@ class Multipliers:
                 start = stored.float()
                 shape = (start.shape[0], start.shape[1])
                 found.append(
-                    Multipliers(field, spec, start, torch.ones_like(start), direction(rule, shape, start.device))
+                    Multipliers(
+                        field,
+                        spec,
+                        own == "offsets",
+                        start,
+                        torch.ones_like(start),
+                        direction(rule, shape, start.device),
+                    )
                 )
         return found
 
@@ -61,23 +71,30 @@ class Multipliers:
         parameters = replace(weight.parameters, **{self.field: kept})
         return QuantizedWeight.of(weight.codes, parameters, weight.scheme)
 
-    def step_(self, gradient: Tensor, weight: QuantizedWeight, decoded: Tensor, *, step: int, rate: float) -> None:
-        """One step for the gradient [out, in] with respect to the decoded `weight`.
+    def step_(self, gradient: Tensor, start: QuantizedWeight, decoded: Tensor, *, step: int, rate: float) -> None:
+        """One step for the gradient [out, in] with respect to the `decoded` weight.
 
-        dL/dm = sum over the weights that share it of dL/dw * dw/dm, dw/dm = scale * (value - zero) for scales,
-        -offset for offsets; where m is taken as 1.
+        dL/dm = sum over the weights that share it of dL/dw * dw/dm, with m taken as 1 in
+
+            dw/dm = scale * (value - zero) for scales,  -offset for offsets
         """
-        parts = (grouped(gradient, weight.scheme) * self._slope(weight, decoded)).sum(-1)
+        view = grouped(decoded, start.scheme)
+        offsets = start.parameters.decoded(start.scheme).offsets
+        if self.of_offsets:
+            assert offsets is not None
+            slope = -offsets[..., None]
+        else:
+            slope = view if offsets is None else view + offsets[..., None]
+        parts = (grouped(gradient, start.scheme) * slope).sum(-1)
         self.factors.sub_(self.direction.of(_shared(parts, self.spec), step), alpha=rate)
         self.factors.clamp_(_LEAST, _MOST)
 
-    def _slope(self, weight: QuantizedWeight, decoded: Tensor) -> Tensor:
-        offsets = weight.parameters.decoded(weight.scheme).offsets
-        if self.spec is not weight.scheme.scale:
-            assert offsets is not None
-            return -offsets[..., None]
-        view = grouped(decoded, weight.scheme)
-        return view if offsets is None else view + offsets[..., None]
+
+def applied(multipliers: Sequence[Multipliers], weight: QuantizedWeight) -> QuantizedWeight:
+    """`weight` with all of them."""
+    for each in multipliers:
+        weight = each.applied(weight)
+    return weight
 
 
 def _shared(parts: Tensor, spec: ScaleSpec) -> Tensor:

@@ -5,7 +5,7 @@ Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from pennyweight.schemes import QuantizedWeight
 from pennyweight.solvers.learned.base import BlockProblem, BlockSolution, BlockSolver
 from pennyweight.solvers.learned.descent import descend
 from pennyweight.solvers.learned.directions import Direction, Rule, direction
-from pennyweight.solvers.learned.multipliers import Multipliers
+from pennyweight.solvers.learned.multipliers import Multipliers, applied
 from pennyweight.solvers.learned.neighbours import Ladder
 
 
@@ -23,26 +23,30 @@ class SignedGradient:
     """min over p, m of the mean of (block(Ŵ(p, m)) - target)², the gradient of rounding taken as 1 (straight through).
 
     Ŵ(p, m) decodes code_0 moved by round(p) rungs of its number format's ladder, with scales m * scale_0 (and offsets)
-    rounded to their stored type. code_0 and scale_0 are those of the start, so that Ŵ is the start's weight at
-    p = round(p_0), m = 1. p_0 is where the original weight lies between code_0 and its neighbours, at most `inset` from
-    code_0: in the paper's words p = W/s - code_0 + V. A weight that the start moved away from its nearest value lies
-    beyond the edge of code_0's cell; it begins inside, or the first step would undo what error feedback has done.
+    rounded to their stored type. code_0 and scale_0 are those of the start, so that Ŵ is the start's weight at p = p_0,
+    m = 1. With f in [-1/2, 1/2] where the original weight lies between code_0 and its neighbours (in the paper's words
+    p = f + V), p_0 = lean * f. Where error feedback moved a weight away from its nearest value, f is at the edge of
+    code_0's cell: with a `lean` of 1 the first step would undo half of what the feedback has done.
 
-        p <- clamp(p - rate_t * u(dL/dŴ * dŴ/dp), -1, 1)       rate_t = rate (1 - t / steps)
-        m <- m - scale_rate_t * u(dL/dm)
+        p <- clamp(p - rate_t u(dL/dŴ * dŴ/dp), -1, 1)      rate_t = 2 reach / steps (1 - t / steps)
+        m <- m - rate_t' u(dL/dm)                            the same with scale_reach
 
-    u is `rule`: the sign, as in the paper, or `Moments`. dŴ/dp counts by its sign alone, which is that of the scale.
-    The best codes seen are kept, the start's among them.
+    so that `reach` is how far a parameter comes that is always sent the same way. u is `rule`: the sign, as in the
+    paper, or `Moments`. dŴ/dp counts by its sign alone, which is that of the scale. The best codes seen are kept, the
+    start's among them.
     """
 
-    steps: int = 200
-    batches: int = 8
-    rate: float = 0.005
-    scale_rate: float = 0.001
-    inset: float = 0.4
-    looks: int = 4
-    rule: Rule = "sign"
+    steps: int = 100
+    batches: int = 4
+    reach: float = 1.0
+    scale_reach: float = 0.1
+    lean: float = 0.4
+    looks: int = 2
+    rule: Rule = "moments"
     name: str = "signed-gradient"
+
+    def with_steps(self, steps: int, *, batches: int) -> SignedGradient:
+        return replace(self, steps=steps, batches=batches)
 
     def refine(self, problem: BlockProblem) -> BlockSolution:
         roundings = {name: Offsets.of(problem.weights[name], start, self) for name, start in problem.start.items()}
@@ -73,28 +77,26 @@ class Offsets:
             solver,
             start,
             ladder,
-            between(w.float(), below, start.dequantize(), above).clamp_(-solver.inset, solver.inset),
+            between(w.float(), below, start.dequantize(), above).clamp_(-0.5, 0.5).mul_(solver.lean),
             (above - below).sign().to(torch.int8),
             direction(solver.rule, start.shape, start.codes.device),
-            Multipliers.of(start, solver.rule) if solver.scale_rate else [],
+            Multipliers.of(start, solver.rule) if solver.scale_reach else [],
         )
 
     def quantized(self) -> QuantizedWeight:
-        weight = self.ladder.moved(self.start, self.positions.round().to(torch.int8))
-        for multipliers in self.multipliers:
-            weight = multipliers.applied(weight)
-        return weight
+        moved = self.ladder.moved(self.start, self.positions.round().to(torch.int8))
+        return applied(self.multipliers, moved)
 
     def weight(self) -> Tensor:
         return self.quantized().dequantize()
 
     def step_(self, gradient: Tensor, step: int, steps: int) -> None:
-        share = 1 - step / steps
-        now = self.quantized()
+        rate = 2 / steps * (1 - step / steps)
+        weight = self.weight()
         for multipliers in self.multipliers:
-            multipliers.step_(gradient, now, now.dequantize(), step=step, rate=self.solver.scale_rate * share)
+            multipliers.step_(gradient, self.start, weight, step=step, rate=self.solver.scale_reach * rate)
         towards = self.direction.of(gradient * self.rising, step)
-        self.positions.sub_(towards, alpha=self.solver.rate * share).clamp_(-1, 1)
+        self.positions.sub_(towards, alpha=self.solver.reach * rate).clamp_(-1, 1)
 
 
 def between(w: Tensor, below: Tensor, at: Tensor, above: Tensor) -> Tensor:
