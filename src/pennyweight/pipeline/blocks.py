@@ -76,9 +76,8 @@ def _one_block(
         return _without_data(model, output, sites, chain), ()
     folds: tuple[str, ...] = ()
     with model.opened(index) as block:
-        for site in sites:
-            # Before the block is run: what comes out of NaN would be blamed on other sites.
-            check_finite(model.matrix(site), site.tensor)
+        # Before the block is run: what comes out of NaN would be blamed on other sites.
+        parallel_map(lambda site: check_finite(model.matrix(site), site.tensor), sites)
         found = collect(model, block, index, streams, has_magnitudes=rescaler is not None)
         give_back_memory()
         if rescaler is not None:
