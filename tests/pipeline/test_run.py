@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pennyweight.containers.compressed_tensors import CompressedTensors
-from pennyweight.core.files import sha256
+from pennyweight.core.hashing import sha256
 from pennyweight.models.base import Site
 from pennyweight.pipeline.records import RunReport
 from pennyweight.schemes import fit_scales, parse_scheme

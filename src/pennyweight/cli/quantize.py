@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from pennyweight.cli.console import Bar, Clock, device_of, mebibytes, put_json, say, set_jobs
+from pennyweight.core.hashing import Hashes
 from pennyweight.core.memory import settle_imports
 
 if TYPE_CHECKING:
@@ -56,15 +58,12 @@ def quantize(
 
     After a crash or Ctrl-C the same command continues where it was.
     """
-    from pennyweight.core.errors import UsageError
-
+    _check(scheme, bits, verify)
+    # Beside the imports, which take seconds.
+    hashes = Hashes(sorted(Path(model).glob("*.safetensors")))
     gc.disable()
     from pennyweight.evaluate.proved import quantize as job
 
-    if scheme and bits:
-        raise UsageError(f"--scheme {scheme} and --bits {bits} exclude each other: give one")
-    if verify not in ("full", "blocks", "none"):
-        raise UsageError(f"--verify {verify}: give full, blocks or none")
     set_jobs(jobs)
     report = job(
         model,
@@ -87,8 +86,18 @@ def quantize(
         verification=verify,  # type: ignore[arg-type]
         tell=teller(),
         tell_step=step_teller(),
+        hashes=hashes,
     )
     put_json(report) if as_json else _print(report)
+
+
+def _check(scheme: str | None, bits: int | None, verify: str) -> None:
+    from pennyweight.core.errors import UsageError
+
+    if scheme and bits:
+        raise UsageError(f"--scheme {scheme} and --bits {bits} exclude each other: give one")
+    if verify not in ("full", "blocks", "none"):
+        raise UsageError(f"--verify {verify}: give full, blocks or none")
 
 
 def teller() -> Tell:

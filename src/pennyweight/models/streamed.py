@@ -20,6 +20,7 @@ from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.decoders import decoded
 from pennyweight.models.intercept import Intercept, Seen, Watched
+from pennyweight.models.postponed import postponed
 from pennyweight.models.sites import Place, find_sites
 from pennyweight.models.skeleton import build, call_arguments, find_blocks, read_config
 from pennyweight.models.substitute import Substituted
@@ -52,9 +53,10 @@ class StreamedModel:
         self.trust_remote_code = trust_remote_code
         raw = read_config_json(path)
         self.checkpoint: Checkpoint = checkpoint or decoded(open_checkpoint(path), raw)
-        self.config = read_config(path, trust_remote_code=trust_remote_code)
-        self.module = build(self.config, trust_remote_code=trust_remote_code)
-        self.weights = WeightMap(self.module, self.checkpoint)
+        with postponed():
+            self.config = read_config(path, trust_remote_code=trust_remote_code)
+            self.module = build(self.config, trust_remote_code=trust_remote_code)
+            self.weights = WeightMap(self.module, self.checkpoint)
         self._untie()
         self.blocks = find_blocks(self.module)
         found = find_sites(self.module, self.blocks, self.weights)
@@ -294,12 +296,13 @@ class StreamedModel:
         block = self.module.get_submodule(name)
         empty = dict(block.named_parameters())
         try:
+            missing = [path for path in empty if f"{name}.{path}" not in given]
+            values = parallel_map(lambda path: self.weights.read(f"{name}.{path}").to(self.device), missing)
+            read = dict(zip(missing, values, strict=True))
+            del values
             for path in empty:
                 known = given.get(f"{name}.{path}")
-                if known is None:
-                    value = self.weights.read(f"{name}.{path}").to(self.device)
-                    known = nn.Parameter(value, requires_grad=False)
-                _set(block, path, known)
+                _set(block, path, nn.Parameter(read.pop(path), requires_grad=False) if known is None else known)
             yield block
         finally:
             for path, parameter in empty.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from pennyweight.core.memory import give_back_memory
@@ -24,7 +23,9 @@ from pennyweight.solvers.learned.base import BlockProblem
 
 # Weights that one thread reads and solves at a time where there is no data: its buffers are small enough that the
 # allocator reuses them, which a buffer of a whole matrix is not.
-_PART = 1 << 20
+_PART = 1 << 22
+# Rows that one thread puts back at a time.
+_ROWS = 256
 # Weights whose codes, a byte each, are held before they are written.
 _ROUND = 1 << 27
 
@@ -75,9 +76,8 @@ def _one_block(
         return _without_data(model, output, sites, chain), ()
     folds: tuple[str, ...] = ()
     with model.opened(index) as block:
-        for site in sites:
-            # Before the block is run: what comes out of NaN would be blamed on other sites.
-            check_finite(model.matrix(site), site.tensor)
+        # Before the block is run: what comes out of NaN would be blamed on other sites.
+        parallel_map(lambda site: check_finite(model.matrix(site), site.tensor), sites)
         found = collect(model, block, index, streams, has_magnitudes=rescaler is not None)
         give_back_memory()
         if rescaler is not None:
@@ -175,7 +175,7 @@ def _one_round(model: StreamedModel, output: Output, sites: Sequence[Site], chai
 
     def solve(work: tuple[Site, slice]) -> SolvedSite:
         site, part = work
-        matrix = stored_matrix(model.checkpoint, site, part).to(model.device).float().contiguous()
+        matrix = stored_matrix(model.checkpoint, site, part).to(model.device).contiguous()
         check_finite(matrix, site.tensor)
         return solve_site(site, matrix, output.plan.schemes[site.name], chain, SiteStatistics(Statistics(), 0))
 
@@ -213,7 +213,8 @@ def stored_matrix(checkpoint: Checkpoint, site: Site, rows: slice | None = None)
 
 def _put_back(model: StreamedModel, site: Site, weight: QuantizedWeight) -> None:
     """The block computes with the decoded weights from now on."""
-    model.matrix(site).copy_(weight.dequantize(torch.float32))
+    matrix = model.matrix(site)
+    parallel_map(lambda rows: matrix[rows].copy_(weight.rows(rows).dequantize()), chunks(matrix.shape[0], _ROWS))
 
 
 def _replay(model: StreamedModel, output: Output, index: int, streams: Streams) -> None:

@@ -76,7 +76,7 @@ def collect(
     """
     sites = model.sites_of(index)
     experts = {site.name for site in sites if site.kind == "expert"}
-    observer = Observer(model, block, index)
+    observer = Observer(model, block, index, needs_outputs=streams.original is not None)
     moments = _Moments()
     original, are_equal = streams.original, streams.are_equal
     handed_on: list[Tensor] = []
