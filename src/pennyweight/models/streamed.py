@@ -308,14 +308,18 @@ class StreamedModel:
             for path, parameter in empty.items():
                 _set(block, path, parameter)
 
-    def matrix(self, site: Site) -> Tensor:
-        """The site's weight [out, in] in an opened block, as a view of the block's memory."""
+    def matrix(self, site: Site, block: nn.Module | None = None) -> Tensor:
+        """The site's weight [out, in] in an opened block, or in `block`, a copy of that, as a view of its memory."""
         place = self.places[site.name]
-        return place.view(self.module.get_parameter(place.parameter).data)
+        if block is None:
+            return place.view(self.module.get_parameter(place.parameter).data)
+        within = place.parameter.removeprefix(f"{self.blocks[site.block]}.")
+        return place.view(block.get_parameter(within).data)
 
-    def watched(self, sites: Sequence[Site]) -> Watched:
-        """For `run_block` in calibration: recognises the sites of an opened block by where their weights lie."""
-        return Watched({site.name: self.matrix(site) for site in sites}, is_narrow=self.calibrates_in_bfloat16)
+    def watched(self, sites: Sequence[Site], block: nn.Module | None = None) -> Watched:
+        """For `run_block` in calibration: recognises sites by where their weights lie in an opened block, or in a copy
+        of it."""
+        return Watched({site.name: self.matrix(site, block) for site in sites}, is_narrow=self.calibrates_in_bfloat16)
 
     @property
     def calibrates_in_bfloat16(self) -> bool:

@@ -166,6 +166,7 @@ def _recipe(options: Options, container: Container, windows: Tensor | None, inpu
         rotate=options.rotate,
         transform=steps.transform,
         solver=steps.solver,
+        staged=steps.staged,
         refine=steps.refine,
         recover=steps.recover,
         fit=options.fit,
