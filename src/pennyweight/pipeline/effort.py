@@ -29,7 +29,7 @@ _WITHOUT_DATA = Steps("nearest")
 _STEPS: dict[Effort, Steps] = {
     "fast": Steps("gptq"),
     "normal": Steps("qronos"),
-    "best": Steps("qronos", refine="signed-gradient", recover=True),
+    "best": Steps("qronos", refine="sigmoid", recover=True),
 }
 
 
