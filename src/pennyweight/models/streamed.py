@@ -117,9 +117,13 @@ class StreamedModel:
 
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
 
-    def differentiable(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
-        """The output of block `index` for one batch, recorded for gradients; call it where there are to be any."""
-        with Intercept(load=self._load):
+    def differentiable(
+        self, block: nn.Module, index: int, stream: Stream, batch: int, *, weights: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """The output of block `index` for one batch, recorded for gradients where there are to be any. Linear maps with
+        one of the `weights` are computed as in calibration."""
+        values = {id(weight): weight for weight in weights}
+        with Intercept(load=self._load), Substituted(values, is_narrow=self.calibrates_in_bfloat16):
             return self._call(block, index, stream, batch)
 
     def _call(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:

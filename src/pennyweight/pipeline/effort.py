@@ -31,7 +31,7 @@ _WITHOUT_DATA = Steps("nearest")
 _STEPS: dict[Effort, Steps] = {
     "fast": Steps("gptq"),
     "normal": Steps("qronos", staged=True),
-    "best": Steps("qronos", staged=True, refine="signed-gradient", recover=True),
+    "best": Steps("qronos", staged=True, refine="sigmoid", recover=True),
 }
 
 
