@@ -36,6 +36,9 @@ def quantize(
     recover: bool | None = typer.Option(
         None, "--recover/--no-recover", help="Train scales and norms end to end at last."
     ),
+    loss_aware: bool = typer.Option(
+        False, "--loss-aware/--no-loss-aware", help="Weigh tokens by how much the loss depends on them."
+    ),
     fit: str = typer.Option("search", help="How scales are fitted: search or minmax."),
     calibration: str | None = typer.Option(
         None,
@@ -76,6 +79,7 @@ def quantize(
         solver=solver,
         refine=refine,
         recover=recover,
+        loss_aware=loss_aware,
         fit=fit,  # type: ignore[arg-type]
         runtime=runtime,
         calibration=calibration,

@@ -14,6 +14,8 @@ from pennyweight.kernels.matmul import has_fast_linear, linear_f32
 
 # Names of sites and the input [..., in] that they were called with.
 Seen = Callable[[list[str], Tensor], None]
+# The same with the output [..., out], as it is in the graph.
+Made = Callable[[list[str], Tensor], None]
 
 
 class Watched:
@@ -49,7 +51,8 @@ class Watched:
 
 class Intercept(TorchFunctionMode):
     """While active in a thread: float32 linear maps on the CPU take the fastest exact path, parameters that are still
-    on "meta" are read when they are first used, and `seen(sites, x)` is called for each linear map with its input.
+    on "meta" are read when they are first used, `seen(sites, x)` is called for each linear map with its input, and
+    `made(sites, y)` for each but products of stacks with its output.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class Intercept(TorchFunctionMode):
         load: Callable[[nn.Parameter], Tensor],
         watched: Watched | None = None,
         seen: Seen | None = None,
+        made: Made | None = None,
         load_rows: Callable[[nn.Parameter, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._load = load
         self._watched = watched
         self._seen = seen
+        self._made = made
         self._load_rows = load_rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,11 +82,15 @@ class Intercept(TorchFunctionMode):
             kwargs = self._loaded(kwargs)
         if func is nn.functional.linear:
             return self._linear(*args, **kwargs)
+        weight = None
         if func is torch.addmm and self._watched is not None and len(args) >= 3:
-            self._notify(args[2], args[1])
+            weight = args[2]
+            self._notify(weight, args[1])
         elif func in _PRODUCTS and self._watched is not None:
-            self._product(args[0], args[1])
-        return func(*args, **kwargs)
+            weight = args[1]
+            self._product(args[0], weight)
+        out = func(*args, **kwargs)
+        return out if weight is None else self._handed_on(weight, out)
 
     def _loaded(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
@@ -105,6 +114,9 @@ class Intercept(TorchFunctionMode):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         self._notify(weight, x)
+        return self._handed_on(weight, self._mapped(x, weight, bias))
+
+    def _mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         narrow = None if self._watched is None else self._watched.narrowed(weight)
         if narrow is not None:
             out = nn.functional.linear(x.bfloat16(), narrow).float()
@@ -128,6 +140,13 @@ class Intercept(TorchFunctionMode):
         names = self._watched.within(weight) if x.numel() else []
         if names:
             self._seen(names, x.detach())
+
+    def _handed_on(self, weight: Any, out: Tensor) -> Tensor:
+        if self._watched is not None and self._made is not None and isinstance(weight, Tensor) and weight.ndim == 2:
+            names = self._watched.within(weight) if out.numel() else []
+            if names:
+                self._made(names, out)
+        return out
 
 
 _PRODUCTS = {torch.matmul, torch.bmm, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}

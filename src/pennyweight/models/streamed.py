@@ -19,7 +19,7 @@ from pennyweight.core.parallel import one_thread_per_operation, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.decoders import decoded
-from pennyweight.models.intercept import Intercept, Seen, Watched
+from pennyweight.models.intercept import Intercept, Made, Seen, Watched
 from pennyweight.models.sites import Place, find_sites
 from pennyweight.models.skeleton import build, call_arguments, find_blocks, read_config
 from pennyweight.models.substitute import Substituted
@@ -115,9 +115,11 @@ class StreamedModel:
 
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
 
-    def differentiable(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
-        """The output of block `index` for one batch, recorded for gradients; call it where there are to be any."""
-        with Intercept(load=self._load):
+    def differentiable(self, block: nn.Module, index: int, stream: Stream, batch: int, *,
+                       watched: Watched | None = None, made: Made | None = None) -> Tensor:  # fmt: skip
+        """The output of block `index` for one batch, recorded for gradients; call it where there are to be any. `made`
+        gets what linear maps of `watched` sites give."""
+        with Intercept(load=self._load, watched=watched, made=made):
             return self._call(block, index, stream, batch)
 
     def _call(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
@@ -310,9 +312,10 @@ class StreamedModel:
         place = self.places[site.name]
         return place.view(self.module.get_parameter(place.parameter).data)
 
-    def watched(self, sites: Sequence[Site]) -> Watched:
-        """For `run_block` in calibration: recognises the sites of an opened block by where their weights lie."""
-        return Watched({site.name: self.matrix(site) for site in sites}, is_narrow=self.calibrates_in_bfloat16)
+    def watched(self, sites: Sequence[Site], *, is_narrow: bool | None = None) -> Watched:
+        """Recognises the sites of an opened block by where their weights lie; `is_narrow`: as calibration is."""
+        is_narrow = self.calibrates_in_bfloat16 if is_narrow is None else is_narrow
+        return Watched({site.name: self.matrix(site) for site in sites}, is_narrow=is_narrow)
 
     @property
     def calibrates_in_bfloat16(self) -> bool:

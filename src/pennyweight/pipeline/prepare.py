@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pennyweight.containers.base import Container, ModelFacts
 from pennyweight.containers.weight_files import WeightFiles
-from pennyweight.core.errors import ContainerError, UsageError
+from pennyweight.core.errors import ContainerError, ModelError, UsageError
 from pennyweight.core.files import sha256
 from pennyweight.core.registry import provided
 from pennyweight.models import text
@@ -74,6 +74,11 @@ def prepare(model: str, options: Options, container: Container | None) -> Job:
     try:
         hashes = {str(f.relative_to(path)): background.submit(sha256, f) for f in _input_files(path)}
         streamed = StreamedModel(path, trust_remote_code=options.trust_remote_code, device=options.device)
+        if options.loss_aware and not streamed.is_decoder:
+            raise ModelError(
+                f"{type(streamed.module).__name__} has no language-model head, so there is no loss to be aware of: "
+                "drop --loss-aware"
+            )
         if options.rotate:
             streamed = rotated(streamed, seed=options.seed)
         facts = _facts(streamed)
@@ -167,6 +172,7 @@ def _recipe(
         solver=steps.solver,
         refine=steps.refine,
         recover=steps.recover,
+        loss_aware=options.loss_aware,
         fit=options.fit,
         runtime=options.runtime,
         container=container.name,

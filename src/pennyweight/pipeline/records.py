@@ -30,6 +30,7 @@ class Recipe:
     solver: str
     refine: str
     recover: bool
+    loss_aware: bool
     fit: str
     runtime: str
     container: str
