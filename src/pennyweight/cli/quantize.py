@@ -49,6 +49,9 @@ _Refine = Annotated[
 _Recover = Annotated[
     bool | None, typer.Option("--recover/--no-recover", help="Train scales and norms end to end at last.")
 ]
+_LossAware = Annotated[
+    bool, typer.Option("--loss-aware/--no-loss-aware", help="Weigh tokens by how much the loss depends on them.")
+]
 _Fit = Annotated[str, typer.Option(help="How scales are fitted: search or minmax.")]
 _Calibration = Annotated[
     str | None,
@@ -82,6 +85,7 @@ def quantize(
     staged: _Staged = None,
     refine: _Refine = None,
     recover: _Recover = None,
+    loss_aware: _LossAware = False,
     fit: _Fit = "search",
     calibration: _Calibration = None,
     samples: _Samples = 128,
@@ -107,7 +111,7 @@ def quantize(
     report = job(
         model, out, scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"), runtime=runtime,
         effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
-        refine=refine, recover=recover, fit=fit,  # type: ignore[arg-type]
+        refine=refine, recover=recover, loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]
         calibration=calibration, samples=samples, length=length, seed=seed, device=device_of(device),
         trust_remote_code=trust_remote_code, verification=verify,  # type: ignore[arg-type]
         tell=teller(), tell_step=step_teller(), hashes=hashes,

@@ -15,6 +15,8 @@ from pennyweight.kernels.matmul import has_fast_linear, linear_f32
 # Told the names of sites and the input [..., in] that they are called with; says whether what the map would give is
 # needed by nobody: zeros then take its place.
 Seen = Callable[[list[str], Tensor], bool]
+# Told the names of sites and the output [..., out] that they give, as it is in the graph.
+Made = Callable[[list[str], Tensor], None]
 
 
 class Watched:
@@ -50,8 +52,8 @@ class Watched:
 
 class Intercept(TorchFunctionMode):
     """While active in a thread: float32 linear maps on the CPU take the fastest exact path, parameters that are still
-    on "meta" are read when they are first used, and `seen(sites, x)` is called for each linear map with its input, in
-    the type in which the map is computed.
+    on "meta" are read when they are first used, `seen(sites, x)` is called for each linear map with its input, in
+    the type in which the map is computed, and `made(sites, y)` for each but products of stacks with its output.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Intercept(TorchFunctionMode):
         load: Callable[[nn.Parameter], Tensor],
         watched: Watched | None = None,
         seen: Seen | None = None,
+        made: Made | None = None,
         load_rows: Callable[[nn.Parameter, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._load = load
         self._watched = watched
         self._seen = seen
+        self._made = made
         self._load_rows = load_rows
         self._rounded: tuple[Tensor, int, Tensor] | None = None
 
@@ -80,11 +84,15 @@ class Intercept(TorchFunctionMode):
             kwargs = self._loaded(kwargs)
         if func is nn.functional.linear:
             return self._linear(*args, **kwargs)
+        weight = None
         if func is torch.addmm and self._watched is not None and len(args) >= 3:
-            self._notify(args[2], args[1])
+            weight = args[2]
+            self._notify(weight, args[1])
         elif func in _PRODUCTS and self._watched is not None:
-            self._product(args[0], args[1])
-        return func(*args, **kwargs)
+            weight = args[1]
+            self._product(args[0], weight)
+        out = func(*args, **kwargs)
+        return out if weight is None else self._handed_on(weight, out)
 
     def _loaded(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
@@ -107,6 +115,9 @@ class Intercept(TorchFunctionMode):
         return self._load_rows(weight, rows)[places]
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._handed_on(weight, self._mapped(x, weight, bias))
+
+    def _mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         narrow = None if self._watched is None else self._watched.narrowed(weight)
         if narrow is not None:
             x = self._in_bfloat16(x)
@@ -140,6 +151,13 @@ class Intercept(TorchFunctionMode):
             return False
         names = self._watched.within(weight) if x.numel() else []
         return bool(names) and self._seen(names, x.detach())
+
+    def _handed_on(self, weight: Any, out: Tensor) -> Tensor:
+        if self._watched is not None and self._made is not None and isinstance(weight, Tensor) and weight.ndim == 2:
+            names = self._watched.within(weight) if out.numel() else []
+            if names:
+                self._made(names, out)
+        return out
 
 
 _PRODUCTS = {torch.matmul, torch.bmm, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}

@@ -19,7 +19,7 @@ from pennyweight.core.parallel import one_thread_per_operation, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.decoders import decoded
-from pennyweight.models.intercept import Intercept, Seen, Watched
+from pennyweight.models.intercept import Intercept, Made, Seen, Watched
 from pennyweight.models.postponed import postponed
 from pennyweight.models.sites import Place, find_sites
 from pennyweight.models.skeleton import build, call_arguments, find_blocks, read_config
@@ -118,12 +118,14 @@ class StreamedModel:
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
 
     def differentiable(
-        self, block: nn.Module, index: int, stream: Stream, batch: int, *, weights: Sequence[Tensor] = ()
-    ) -> Tensor:
+        self, block: nn.Module, index: int, stream: Stream, batch: int, *,
+        weights: Sequence[Tensor] = (), watched: Watched | None = None, made: Made | None = None,
+    ) -> Tensor:  # fmt: skip
         """The output of block `index` for one batch, recorded for gradients where there are to be any. Linear maps with
-        one of the `weights` are computed as in calibration."""
+        one of the `weights` are computed as in calibration; `made` gets what those of `watched` sites give."""
         values = {id(weight): weight for weight in weights}
-        with Intercept(load=self._load), Substituted(values, is_narrow=self.calibrates_in_bfloat16):
+        outer = Intercept(load=self._load, watched=watched, made=made)
+        with outer, Substituted(values, is_narrow=self.calibrates_in_bfloat16):
             return self._call(block, index, stream, batch)
 
     def _call(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
@@ -320,10 +322,13 @@ class StreamedModel:
         within = place.parameter.removeprefix(f"{self.blocks[site.block]}.")
         return place.view(block.get_parameter(within).data)
 
-    def watched(self, sites: Sequence[Site], block: nn.Module | None = None) -> Watched:
-        """For `run_block` in calibration: recognises sites by where their weights lie in an opened block, or in a copy
-        of it."""
-        return Watched({site.name: self.matrix(site, block) for site in sites}, is_narrow=self.calibrates_in_bfloat16)
+    def watched(
+        self, sites: Sequence[Site], block: nn.Module | None = None, *, is_narrow: bool | None = None
+    ) -> Watched:
+        """Recognises sites by where their weights lie in an opened block, or in a copy of it; narrow by default where
+        calibration is."""
+        is_narrow = self.calibrates_in_bfloat16 if is_narrow is None else is_narrow
+        return Watched({site.name: self.matrix(site, block) for site in sites}, is_narrow=is_narrow)
 
     @property
     def calibrates_in_bfloat16(self) -> bool:

@@ -8,14 +8,18 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from pennyweight.core.parallel import parallel_map
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.pipeline.gradients import Sensitivities
 from pennyweight.pipeline.observe import Inputs, Observer, rounds
 from pennyweight.solvers.base import Statistics
 from pennyweight.stats.cross_moment import CrossMoment
 from pennyweight.stats.magnitude import Magnitude
 from pennyweight.stats.second_moment import SecondMoment
 
+# Of a site that is called with other rows than in the original model, or that the loss does not depend on.
+_UNWEIGHTED = "its inputs are not weighted by the loss's gradient"
 # Of an expert, whose rows are other tokens in the original model.
 _ROUTED = "its inputs in the original model are other tokens': taken to be those that there are"
 
@@ -26,16 +30,18 @@ class Streams:
 
     quantized   behind blocks with the weights that were written
     original    behind the original blocks; None where nobody asks for it
+    sensitive   how much the loss depends on each token at each site; None: all tokens weigh the same
     """
 
     quantized: Stream
     original: Stream | None = None
+    sensitive: Sensitivities | None = None
 
     @staticmethod
-    def of(stream: Stream, *, has_original: bool) -> Streams:
+    def of(stream: Stream, *, has_original: bool, sensitive: Sensitivities | None = None) -> Streams:
         """Both begin with the same hidden states."""
         original = Stream(stream.input_ids, list(stream.hidden), stream.arguments) if has_original else None
-        return Streams(stream, original)
+        return Streams(stream, original, sensitive)
 
     @property
     def are_equal(self) -> bool:
@@ -58,12 +64,14 @@ class SiteStatistics:
 
 @dataclass
 class _Moments:
-    """Sums by leader; crosses of those sites only whose rows are the same tokens in both streams."""
+    """Sums by leader; crosses of those sites only whose rows are the same tokens in both streams; leaders whose tokens
+    all weigh the same though they were asked to differ."""
 
     leaders: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, SecondMoment] = field(default_factory=dict)
     crosses: dict[str, CrossMoment] = field(default_factory=dict)
     magnitudes: dict[str, Magnitude] = field(default_factory=dict)
+    unweighted: set[str] = field(default_factory=set)
 
 
 def collect(
@@ -78,9 +86,10 @@ def collect(
 ) -> dict[str, SiteStatistics]:
     """Statistics of `sites` of their opened block.
 
-    Sites called with the same input (same memory, shape and strides) share one Hessian. Batches run in parallel; sums
-    are made in the order of the batches. The original stream, where there is one, goes through `reference`, a copy of
-    the block with its original weights (None: the block has them still), and with `hands_on` to the next block.
+    Sites called with the same input (same memory, shape and strides) share one Hessian: the mean of x xᵀ, or of w x xᵀ
+    with the weights that `streams` has for its tokens. Batches run in parallel; sums are made in the order of the
+    batches. The original stream, where there is one, goes through `reference`, a copy of the block with its original
+    weights (None: the block has them still), and with `hands_on` to the next block.
     """
     index = sites[0].block
     experts = {site.name for site in sites if site.kind == "expert"}
@@ -96,20 +105,45 @@ def collect(
         if original is not None and not are_equal:
             theirs, outputs = other.run(original, batches)
         handed_on.extend(outputs if hands_on else [])
-        _accumulate_(moments, found, theirs, experts, has_magnitudes=has_magnitudes)
+        weights = _Weights(streams.sensitive, batches)
+        _accumulate_(moments, found, theirs, experts, weights, has_magnitudes=has_magnitudes)
     if original is not None and hands_on:
         original.hidden = handed_on
     statistics = _statistics(sites, moments)
     if original is not None:
         statistics = _with_cross(statistics, note=None if are_equal else _ROUTED)
-    return {
-        name: replace(one, magnitude=moments.magnitudes.get(moments.leaders.get(name, "")))
-        for name, one in statistics.items()
-    }
+    return {name: _completed(one, moments, moments.leaders.get(name, "")) for name, one in statistics.items()}
+
+
+def _completed(one: SiteStatistics, moments: _Moments, leader: str) -> SiteStatistics:
+    notes = (*one.notes, _UNWEIGHTED) if leader in moments.unweighted else one.notes
+    return replace(one, notes=notes, magnitude=moments.magnitudes.get(leader))
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What the tokens of `batches` weigh."""
+
+    sensitive: Sensitivities | None
+    batches: Sequence[int]
+
+    def roots(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor] | None:
+        """sqrt(w) [tokens, 1] for each of `parts`, the inputs that `names` share; None where nothing is known."""
+        weights = None if self.sensitive is None else self.sensitive.weights(names)
+        if weights is None:
+            return None
+        roots = [weights[batch].sqrt().unsqueeze(1) for batch in self.batches]
+        return roots if [len(root) for root in roots] == [len(part) for part in parts] else None
 
 
 def _accumulate_(
-    moments: _Moments, found: Sequence[Inputs], theirs: Sequence[Inputs], experts: set[str], *, has_magnitudes: bool
+    moments: _Moments,
+    found: Sequence[Inputs],
+    theirs: Sequence[Inputs],
+    experts: set[str],
+    weights: _Weights,
+    *,
+    has_magnitudes: bool,
 ) -> None:
     for batch in found:
         moments.leaders.update({name: leader for name, leader in batch.leaders.items() if name not in moments.leaders})
@@ -117,19 +151,31 @@ def _accumulate_(
         parts = [x for batch in found for x in batch.take(leader)]
         if not parts:
             continue
+        roots = None
         if leader in experts:
             # Where all experts run on all tokens, those that were not routed to this one are zeros.
             parts = [x[x.any(dim=1)] for x in parts]
         else:
-            _add_cross_(moments, leader, [x for batch in theirs for x in batch.take(leader)], parts)
+            roots = weights.roots([name for name, other in moments.leaders.items() if other == leader], parts)
         if has_magnitudes:
             for x in parts:
                 moments.magnitudes[leader] = moments.magnitudes.get(
                     leader, Magnitude.zero(x.shape[1], x.device)
                 ).update(x)
+        if roots is None and weights.sensitive is not None:
+            moments.unweighted.add(leader)
+        parts = _times(parts, roots)
+        if leader not in experts:
+            _add_cross_(moments, leader, _times([x for batch in theirs for x in batch.take(leader)], roots), parts)
         if leader not in moments.seconds:
             moments.seconds[leader] = SecondMoment.zero(parts[0].shape[1], parts[0].device)
         moments.seconds[leader] = moments.seconds[leader].update_(parts)
+
+
+def _times(parts: list[Tensor], roots: Sequence[Tensor] | None) -> list[Tensor]:
+    if roots is None or not parts:
+        return parts
+    return parallel_map(lambda pair: pair[0] * pair[1], list(zip(parts, roots, strict=True)))
 
 
 def _add_cross_(moments: _Moments, leader: str, original: list[Tensor], parts: list[Tensor]) -> None:

@@ -26,6 +26,7 @@ class Options:
     staged        whether each site is calibrated behind the quantized ones before it in its block
     refine        name of a solver of whole blocks that goes on from there, or "none"
     recover       whether scales and norms are trained end to end at last
+    loss_aware    whether tokens weigh more in calibration where the model's loss depends more on a site's output
     fit           how scales are fitted: "search" or "minmax"
     runtime       what will read the result
     calibration   text file, .jsonl, directory, "built-in", "self" (the model writes it), "none", or texts;
@@ -44,6 +45,7 @@ class Options:
     staged: bool | None = None
     refine: str | None = None
     recover: bool | None = None
+    loss_aware: bool = False
     fit: Fit = "search"
     runtime: str = "transformers"
     calibration: str | tuple[str, ...] | None = None
@@ -73,6 +75,7 @@ class Options:
             *([f"--transform {self.transform}"] if self.steps.transform != NONE else []),
             *([f"--refine {self.refine}"] if self.steps.refine != NONE else []),
             *(["--recover"] if self.steps.recover else []),
+            *(["--loss-aware"] if self.loss_aware else []),
         ]
         if asked:
             raise UsageError(f"{asked[0]} needs calibration data: give --calibration FILE or built-in")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pennyweight.containers.base import Container, ModelFacts
 from pennyweight.containers.weight_files import WeightFiles
-from pennyweight.core.errors import ContainerError, UsageError
+from pennyweight.core.errors import ContainerError, ModelError, UsageError
 from pennyweight.core.hashing import Hashes
 from pennyweight.core.registry import provided
 from pennyweight.models import text
@@ -76,6 +76,11 @@ def prepare(model: str, options: Options, container: Container | None, hashes: H
         # Hashing reads the whole model once; it runs while transformers is imported and text is tokenized.
         hashes.begin(_input_files(path))
         streamed = StreamedModel(path, trust_remote_code=options.trust_remote_code, device=options.device)
+        if options.loss_aware and not streamed.is_decoder:
+            raise ModelError(
+                f"{type(streamed.module).__name__} has no language-model head, so there is no loss to be aware of: "
+                "drop --loss-aware"
+            )
         if options.rotate:
             streamed = rotated(streamed, seed=options.seed)
         facts = _facts(streamed)
@@ -169,6 +174,7 @@ def _recipe(options: Options, container: Container, windows: Tensor | None, inpu
         staged=steps.staged,
         refine=steps.refine,
         recover=steps.recover,
+        loss_aware=options.loss_aware,
         fit=options.fit,
         runtime=options.runtime,
         container=container.name,

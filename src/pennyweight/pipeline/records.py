@@ -31,6 +31,7 @@ class Recipe:
     staged: bool
     refine: str
     recover: bool
+    loss_aware: bool
     fit: str
     runtime: str
     container: str

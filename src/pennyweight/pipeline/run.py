@@ -24,6 +24,7 @@ from pennyweight.models import text
 from pennyweight.pipeline.blocks import run_blocks
 from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import Streams
+from pennyweight.pipeline.gradients import sensitivities
 from pennyweight.pipeline.journal import NAME as JOURNAL_NAME
 from pennyweight.pipeline.journal import Journal, only_writer, other_work_directories, work_directory
 from pennyweight.pipeline.options import Options
@@ -52,6 +53,8 @@ class Finish(Protocol):
 
 # The journal's name for what comes after the blocks, and that of its directory.
 _FINISH = "finish"
+# The directory of what is kept while the model is differentiated.
+_GRADIENTS = "gradients"
 # Room for pennyweight.json, config.json and the model card beside the weights and the carried files.
 _SIDECARS_BYTES = 1 << 20
 # What each site adds to pennyweight.json, config.json and the journal.
@@ -156,7 +159,7 @@ def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, ver
         journal = Journal.open(directory)
         resumed = journal.blocks
         output = Output(files, job.container, job.plan, job.model.checkpoint)
-        records = _write_weights(job, output, journal, tell)
+        records = _write_weights(job, output, directory, journal, tell)
         if finish is not None:
             _finish(job, output, directory, journal, finish)
     write_sidecars(job, directory, records)
@@ -216,16 +219,24 @@ def _opened(job: Job, target: Path, directory: Path) -> OpenWeightFiles:
     return job.layout.create(directory)
 
 
-def _write_weights(job: Job, output: Output, journal: Journal, tell: Tell) -> list[SiteRecord]:
+def _write_weights(job: Job, output: Output, directory: Path, journal: Journal, tell: Tell) -> list[SiteRecord]:
     if "kept" not in journal.finished:
         output.copy_kept(output.kept_tensors(job.model.sites))
         output.files.flush()
         journal.add("kept", [])
     chain = job.options.chain
-    return run_blocks(job.model, output, journal, chain=chain, streams=_start(job, journal, chain), tell=tell)
+    return run_blocks(
+        job.model, output, journal, chain=chain, streams=_start(job, directory, journal, chain), tell=tell
+    )
 
 
-def _start(job: Job, journal: Journal, chain: Chain) -> Streams | None:
+def _start(job: Job, directory: Path, journal: Journal, chain: Chain) -> Streams | None:
+    # What an interrupted run left there.
+    shutil.rmtree(directory / _GRADIENTS, ignore_errors=True)
     if job.windows is None or journal.blocks == len(job.model.blocks):
         return None
-    return Streams.of(job.model.start(text.batches(job.windows)), has_original=chain.needs_original)
+    batches = text.batches(job.windows)
+    sensitive = None
+    if job.options.loss_aware:
+        sensitive = sensitivities(job.model, batches, directory / _GRADIENTS, seed=job.options.seed)
+    return Streams.of(job.model.start(batches), has_original=chain.needs_original, sensitive=sensitive)
