@@ -25,7 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     hints = get_type_hints(Options)
     for field in dataclasses.fields(Options):
         option, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
-        if hint is bool:
+        if hint == (bool | None):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        elif hint is bool:
             parser.add_argument(option, action="store_true", default=argparse.SUPPRESS)
         else:
             parser.add_argument(option, type=hint if hint in (int, float) else str, default=argparse.SUPPRESS)
@@ -40,11 +42,14 @@ def main() -> None:
     from pennyweight.core.memory import settle_imports
     from pennyweight.pipeline.options import Options
     from pennyweight.pipeline.run import quantize
+    from pennyweight.train.finish import Recovery
 
     arguments: dict[str, Any] = vars(parse_arguments())
     model, out = arguments.pop("model"), arguments.pop("out")
     settle_imports()
-    report = quantize(model, out, Options(**arguments), container=DENSE)
+    options = Options(**arguments)
+    finish = Recovery() if options.steps.recover else None
+    report = quantize(model, out, options, container=DENSE, finish=finish)
     settle(out)
     sys.stdout.write(to_json(report))
 

@@ -39,6 +39,9 @@ class Recipe:
 NEAREST = Recipe(OURS, "nearest", needs_data=False, options=("--solver", "nearest"))
 MINMAX = Recipe(OURS, "nearest, min-max", needs_data=False, options=("--solver", "nearest", "--fit", "minmax"))
 PROXIMAL = Recipe(OURS, "hqq", needs_data=False, options=("--solver", "hqq"))
+SELF = Recipe(
+    OURS, "normal, self-calibrated", needs_data=False, options=("--effort", "normal", "--calibration", "self")
+)
 GPTQ = Recipe(OURS, "gptq", needs_data=True, options=("--solver", "gptq"))
 FAST = Recipe(OURS, "fast", needs_data=True, options=("--effort", "fast"))
 NORMAL = Recipe(OURS, "normal", needs_data=True, options=("--effort", "normal"))
@@ -93,7 +96,7 @@ SETTINGS = {
         Setting(
             "data-free",
             "without data: asymmetric, scale and offset in float16",
-            (MINMAX, NEAREST, PROXIMAL, HQQ_MINMAX, HQQ),
+            (MINMAX, NEAREST, PROXIMAL, SELF, HQQ_MINMAX, HQQ),
             MINMAX,
             ours_suffix="-offset-f16",
             peer_suffix="-offset",

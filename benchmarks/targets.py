@@ -52,8 +52,8 @@ _CALIBRATED: dict[tuple[Recipe, Recipe], Sequence[float | None]] = {
     (recipes.BEST, recipes.AUTO_ROUND): (0.75, 0.75, 0.7),
 }
 _DATA_FREE: dict[tuple[Recipe, Recipe], float] = {
-    (recipes.PROXIMAL, recipes.HQQ): 0.9,
-    (recipes.PROXIMAL, recipes.HQQ_MINMAX): 0.7,
+    (recipes.SELF, recipes.HQQ): 0.9,
+    (recipes.SELF, recipes.HQQ_MINMAX): 0.7,
 }
 _RECOVERY = {
     "recovery-offset": {"int4-g32": 0.8, "int3-g32": 0.75, "int2-g32": 0.7},

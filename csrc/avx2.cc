@@ -5,6 +5,7 @@
 
 namespace pennyweight {
 
-const Kernels kAvx2Kernels = {"avx2", range_groups, encode_groups, search_groups, round_block};
+const Kernels kAvx2Kernels = {"avx2", range_groups, encode_groups, pack_nibbles, search_groups, round_block,
+                              nullptr,  nullptr};
 
 }  // namespace pennyweight

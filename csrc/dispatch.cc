@@ -14,6 +14,7 @@ std::size_t instruction_sets(const char** names) {
   if (__builtin_cpu_supports("avx512bw")) names[count++] = "avx512bw";
   if (__builtin_cpu_supports("avx512vl")) names[count++] = "avx512vl";
   if (__builtin_cpu_supports("avx512vnni")) names[count++] = "avx512vnni";
+  if (__builtin_cpu_supports("avx512bf16")) names[count++] = "avx512bf16";
 #elif defined(__aarch64__) || defined(_M_ARM64)
   names[count++] = "neon";  // part of the base architecture
 #else
@@ -26,7 +27,9 @@ std::size_t kernel_tables(const Kernels** tables) {
   std::size_t count = 0;
 #if defined(PENNYWEIGHT_X86_KERNELS)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw")) {
+    if (__builtin_cpu_supports("avx512bf16")) tables[count++] = &kAvx512Bf16Kernels;
     tables[count++] = &kAvx512Kernels;
   }
   if (__builtin_cpu_supports("avx2")) tables[count++] = &kAvx2Kernels;

@@ -12,7 +12,7 @@ enum class Stored : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A block of columns of a weight, transposed: arrays are [columns, rows], row-major, float32.
 struct RoundBlock {
-  float* targets;        // in: what each column should be rounded from; out: undefined
+  float* targets;        // in: what each column should be rounded from; out: what it was, with the errors of the others
   const float* weights;  // the weights themselves
   float* values;         // out: values of the number format (whole numbers)
   float* errors;         // out: weight - decoded weight
@@ -59,7 +59,8 @@ struct SearchGroups {
 
 // Groups of weights that are rounded to the nearest value of their grid.
 struct EncodeGroups {
-  const float* w;       // [groups, size]
+  const void* w;        // [groups, size], float32 or bfloat16
+  bool is_bfloat16;
   const float* scales;  // [groups]; never zero
   const float* zeros;   // [groups], or null
   std::uint8_t* codes;  // [groups, size], out: value - smallest
@@ -69,17 +70,40 @@ struct EncodeGroups {
   float largest;
 };
 
+// Columns of a panel: a pair of consecutive rows of that many columns, bfloat16, the first row in the low half of each
+// word; a panel [pairs, kPanelColumns] is contiguous.
+constexpr std::size_t kPanelColumns = 64;
+
+// total += x xᵀ for the panels of x [2 * pairs, columns], tiles on and above the diagonal of panels only.
+struct AddProducts {
+  const std::uint32_t* panels;  // [columns / kPanelColumns, pairs, kPanelColumns]
+  float* total;                 // [columns, columns]
+  std::size_t columns;
+  std::size_t pairs;
+  std::size_t left_begin, left_end;    // panels that are rows of `total`
+  std::size_t right_begin, right_end;  // panels that are its columns
+};
+
 struct Kernels {
   const char* name;
-  // Smallest and largest of each group [size], written to `low` and `high` [groups].
-  void (*range_groups)(const float* w, std::size_t groups, std::size_t size, float* low, float* high);
+  // Smallest and largest of each group [size] of float32 or bfloat16, written to `low` and `high` [groups].
+  void (*range_groups)(const void* w, bool is_bfloat16, std::size_t groups, std::size_t size, float* low, float* high);
   // The twin in torch is pennyweight.solvers.nearest._encode.
   void (*encode_groups)(const EncodeGroups& groups);
+  // Two codes below 16 a byte, the first one low, for a little-endian processor; `codes` has twice as many `bytes`. The
+  // twin in torch is pennyweight.kernels.packing._fold.
+  void (*pack_nibbles)(const std::uint8_t* codes, std::size_t bytes, std::uint8_t* packed);
   // The search of fit_scales with its least-squares steps. The twin in torch is pennyweight.schemes.fit._search.
   void (*search_groups)(const SearchGroups& groups);
   // GPTQ within one block, last column first: round, decode, add the error times a row of `lower` to the targets of the
   // columns still to come. The twin in torch is pennyweight.kernels.feedback._round_block.
   void (*round_block)(const RoundBlock& block);
+  // A panel of x [rows, columns]; a last row without a partner is paired with zeros. Null where the processor cannot
+  // multiply bfloat16.
+  void (*pair_rows)(const std::uint16_t* x, std::size_t rows, std::size_t columns, std::size_t panel,
+                    std::uint32_t* out);
+  // Null where pair_rows is. Sums in float32. The twin in torch is pennyweight.stats.second_moment._add_products.
+  void (*add_products)(const AddProducts& products);
 };
 
 // Upper bound on the names that instruction_sets() writes, and on the tables that tables() writes.
@@ -97,6 +121,7 @@ extern const Kernels kScalarKernels;
 #if defined(PENNYWEIGHT_X86_KERNELS)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 
 }  // namespace pennyweight

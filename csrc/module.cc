@@ -121,7 +121,16 @@ void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector 
   chosen.search_groups(search);
 }
 
-void range_groups(ConstMatrix w, Vector low, Vector high, const std::string& kernels) {
+// float32, or bfloat16 given as uint16.
+using Weights = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+bool is_bfloat16(const Weights& w) {
+  if (w.dtype() == nb::dtype<float>()) return false;
+  if (w.dtype() == nb::dtype<std::uint16_t>()) return true;
+  throw std::invalid_argument("w: float32, or bfloat16 as uint16, is expected");
+}
+
+void range_groups(Weights w, Vector low, Vector high, const std::string& kernels) {
   const std::size_t groups = w.shape(0);
   const std::size_t size = w.shape(1);
   if (low.shape(0) != groups || high.shape(0) != groups) {
@@ -129,16 +138,17 @@ void range_groups(ConstMatrix w, Vector low, Vector high, const std::string& ker
   }
   if (size == 0) throw std::invalid_argument("w: groups of at least one weight are expected");
   const pennyweight::Kernels& chosen = table(kernels);
-  const float* weights = w.data();
+  const bool narrow = is_bfloat16(w);
+  const void* weights = w.data();
   float* least = low.data();
   float* most = high.data();
   nb::gil_scoped_release release;
-  chosen.range_groups(weights, groups, size, least, most);
+  chosen.range_groups(weights, narrow, groups, size, least, most);
 }
 
 using Codes = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-void encode_groups(ConstMatrix w, ConstVector scales, std::optional<ConstVector> zeros, Codes codes, float smallest,
+void encode_groups(Weights w, ConstVector scales, std::optional<ConstVector> zeros, Codes codes, float smallest,
                    float largest, const std::string& kernels) {
   const std::size_t groups = w.shape(0);
   const std::size_t size = w.shape(1);
@@ -150,10 +160,69 @@ void encode_groups(ConstMatrix w, ConstVector scales, std::optional<ConstVector>
     throw std::invalid_argument("smallest and largest: at most 256 values are expected");
   }
   const pennyweight::Kernels& chosen = table(kernels);
-  const pennyweight::EncodeGroups encode{
-      w.data(), scales.data(), zeros ? zeros->data() : nullptr, codes.data(), groups, size, smallest, largest};
+  const pennyweight::EncodeGroups encode{w.data(),     is_bfloat16(w), scales.data(), zeros ? zeros->data() : nullptr,
+                                         codes.data(), groups,         size,          smallest,
+                                         largest};
   nb::gil_scoped_release release;
   chosen.encode_groups(encode);
+}
+
+using Bytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void pack_nibbles(ConstBytes codes, Bytes packed, const std::string& kernels) {
+  const std::size_t bytes = packed.shape(0);
+  if (codes.shape(0) != 2 * bytes) throw std::invalid_argument("codes: two for each byte are expected");
+  const pennyweight::Kernels& chosen = table(kernels);
+  const std::uint8_t* from = codes.data();
+  std::uint8_t* to = packed.data();
+  nb::gil_scoped_release release;
+  chosen.pack_nibbles(from, bytes, to);
+}
+
+using Halves = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Panels = nb::ndarray<std::uint32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using ConstPanels = nb::ndarray<const std::uint32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+const pennyweight::Kernels& multiplying(const std::string& kernels) {
+  const pennyweight::Kernels& chosen = table(kernels);
+  if (chosen.pair_rows == nullptr) throw std::invalid_argument(kernels + ": these kernels do not multiply bfloat16");
+  return chosen;
+}
+
+template <typename Array>
+void expect_panels(const Array& panels, std::size_t columns, std::size_t rows) {
+  if (panels.shape(0) * pennyweight::kPanelColumns != columns || panels.shape(1) != (rows + 1) / 2 ||
+      panels.shape(2) != pennyweight::kPanelColumns) {
+    throw std::invalid_argument("panels: [columns / 64, pairs of rows, 64] are expected");
+  }
+}
+
+void pair_rows(Halves x, std::size_t panel, Panels panels, const std::string& kernels) {
+  const std::size_t rows = x.shape(0);
+  const std::size_t columns = x.shape(1);
+  expect_panels(panels, columns, rows);
+  if (panel >= panels.shape(0)) throw std::invalid_argument("panel: there is none of this number");
+  const pennyweight::Kernels& chosen = multiplying(kernels);
+  const std::uint16_t* from = x.data();
+  std::uint32_t* to = panels.data() + panel * panels.shape(1) * pennyweight::kPanelColumns;
+  nb::gil_scoped_release release;
+  chosen.pair_rows(from, rows, columns, panel, to);
+}
+
+void add_products(ConstPanels panels, Matrix total, std::size_t left_begin, std::size_t left_end,
+                  std::size_t right_begin, std::size_t right_end, const std::string& kernels) {
+  const std::size_t columns = total.shape(0);
+  expect(total, columns, columns, "total");
+  expect_panels(panels, columns, 2 * panels.shape(1));
+  if (left_end > panels.shape(0) || right_end > panels.shape(0)) {
+    throw std::invalid_argument("left_end and right_end: panels that are there are expected");
+  }
+  const pennyweight::Kernels& chosen = multiplying(kernels);
+  const pennyweight::AddProducts products{panels.data(), total.data(), columns,     panels.shape(1),
+                                          left_begin,    left_end,     right_begin, right_end};
+  nb::gil_scoped_release release;
+  chosen.add_products(products);
 }
 
 }  // namespace
@@ -184,17 +253,27 @@ NB_MODULE(_native, module) {
       "Names of the kernel tables that this processor can run, best first.");
 
   module.def("range_groups", &range_groups, nb::arg("w"), nb::arg("low"), nb::arg("high"), nb::arg("kernels"),
-             "Smallest and largest of groups [groups, size]; `low` and `high` are written.");
+             "Smallest and largest of groups [groups, size], float32 or bfloat16 as uint16; `low` and `high` are written.");
 
   module.def("encode_groups", &encode_groups, nb::arg("w"), nb::arg("scales"), nb::arg("zeros").none(),
              nb::arg("codes"), nb::arg("smallest"), nb::arg("largest"), nb::arg("kernels"),
-             "Nearest codes of groups [groups, size]; `codes` are written.");
+             "Nearest codes of groups [groups, size], float32 or bfloat16 as uint16; `codes` are written.");
+
+  module.def("pack_nibbles", &pack_nibbles, nb::arg("codes"), nb::arg("packed"), nb::arg("kernels"),
+             "Two codes below 16 a byte, the first one low; `packed` is written.");
 
   module.def("search_groups", &search_groups, nb::arg("w"), nb::arg("importance").none(), nb::arg("scales"),
              nb::arg("zeros").none(), nb::arg("factors"), nb::arg("smallest"), nb::arg("largest"), nb::arg("limit"),
              nb::arg("tiny"), nb::arg("stored"), nb::arg("element").none(), nb::arg("scale").none(),
              nb::arg("parents").none(), nb::arg("kernels"),
              "Search of scales for groups [groups, size]; see kernels.h. `scales` and `zeros` are written.");
+
+  module.def("pair_rows", &pair_rows, nb::arg("x"), nb::arg("panel"), nb::arg("panels"), nb::arg("kernels"),
+             "One of the panels [columns / 64, pairs, 64] of x [rows, columns], bfloat16 as uint16; it is written.");
+
+  module.def("add_products", &add_products, nb::arg("panels"), nb::arg("total"), nb::arg("left_begin"),
+             nb::arg("left_end"), nb::arg("right_begin"), nb::arg("right_end"), nb::arg("kernels"),
+             "The product of panels, added to `total` [columns, columns] on and above the diagonal; see kernels.h.");
 
   module.def("round_block", &round_block, nb::arg("targets"), nb::arg("weights"), nb::arg("values"), nb::arg("errors"),
              nb::arg("lower"), nb::arg("scales"), nb::arg("zeros").none(), nb::arg("groups"), nb::arg("smallest"),

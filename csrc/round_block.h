@@ -8,14 +8,24 @@
 namespace pennyweight {
 namespace {
 
-// Rows worked on at a time: 128 columns of them, targets and errors, stay in the first- and second-level caches.
+// Rows worked on at a time.
 constexpr std::size_t kRows = 64;
+// Columns whose errors go to the columns before them together: each of these is then read and written once.
+constexpr std::size_t kTogether = 8;
+// Columns of which the targets of kRows rows are kept side by side, in the first-level cache.
+constexpr std::size_t kColumns = 128;
+
+// The targets of some rows: column j at `at + j * stride`.
+struct Strip {
+  float* at;
+  std::size_t stride;
+};
 
 template <Stored kStored>
-void round_column(const RoundBlock& b, std::size_t column, std::size_t first, std::size_t count) {
+inline void round_column(const RoundBlock& b, const float* __restrict target, std::size_t column, std::size_t first,
+                         std::size_t count) {
   const std::size_t at = column * b.rows + first;
   const std::size_t group = static_cast<std::size_t>(b.groups[column]) * b.rows + first;
-  const float* __restrict target = b.targets + at;
   const float* __restrict weight = b.weights + at;
   const float* __restrict scale = b.scales + group;
   float* __restrict value = b.values + at;
@@ -36,26 +46,62 @@ void round_column(const RoundBlock& b, std::size_t column, std::size_t first, st
   }
 }
 
+// target += factor * error
+inline void add_column(float factor, const float* __restrict error, float* __restrict target, std::size_t count) {
+  for (std::size_t r = 0; r < count; ++r) target[r] += factor * error[r];
+}
+
+// The same with the errors of the columns [begin, begin + kTogether), the last one first.
+inline void add_columns(const RoundBlock& b, std::size_t begin, std::size_t to, std::size_t first,
+                        float* __restrict target, std::size_t count) {
+  const float* __restrict errors = b.errors + begin * b.rows + first;
+  const float* factors = b.lower + begin * b.lower_stride + to;
+  float f[kTogether];
+  for (std::size_t e = 0; e < kTogether; ++e) f[e] = factors[e * b.lower_stride];
+  for (std::size_t r = 0; r < count; ++r) {
+    float sum = target[r];
+    for (std::size_t e = kTogether; e-- > 0;) sum += f[e] * errors[e * b.rows + r];
+    target[r] = sum;
+  }
+}
+
 template <Stored kStored>
-void round_rows(const RoundBlock& b, std::size_t first, std::size_t count) {
-  for (std::size_t column = b.columns; column-- > 0;) {
-    round_column<kStored>(b, column, first, count);
-    const float* __restrict error = b.errors + column * b.rows + first;
-    const float* lower = b.lower + column * b.lower_stride;
-    for (std::size_t before = 0; before < column; ++before) {
-      const float factor = lower[before];
-      float* __restrict target = b.targets + before * b.rows + first;
-      for (std::size_t r = 0; r < count; ++r) target[r] += factor * error[r];
+inline void round_rows(const RoundBlock& b, Strip targets, std::size_t first, std::size_t count) {
+  std::size_t end = b.columns;
+  while (end > 0) {
+    const std::size_t begin = end > kTogether ? end - kTogether : 0;
+    for (std::size_t column = end; column-- > begin;) {
+      round_column<kStored>(b, targets.at + column * targets.stride, column, first, count);
+      const float* error = b.errors + column * b.rows + first;
+      for (std::size_t before = begin; before < column; ++before) {
+        add_column(b.lower[column * b.lower_stride + before], error, targets.at + before * targets.stride, count);
+      }
     }
+    for (std::size_t before = 0; before < begin; ++before) {
+      add_columns(b, begin, before, first, targets.at + before * targets.stride, count);
+    }
+    end = begin;
   }
 }
 
 template <Stored kStored>
 void round_all(const RoundBlock& b) {
+  float near[kColumns * kRows];
   std::size_t first = 0;
-  // A constant count lets the compiler unroll; the tail takes the same path with its own.
-  for (; first + kRows <= b.rows; first += kRows) round_rows<kStored>(b, first, kRows);
-  if (first < b.rows) round_rows<kStored>(b, first, b.rows - first);
+  // A constant count lets the compiler unroll; what is left over takes the same path with its own.
+  for (; b.columns <= kColumns && first + kRows <= b.rows; first += kRows) {
+    for (std::size_t column = 0; column < b.columns; ++column) {
+      __builtin_memcpy(near + column * kRows, b.targets + column * b.rows + first, kRows * sizeof(float));
+    }
+    round_rows<kStored>(b, {near, kRows}, first, kRows);
+    for (std::size_t column = 0; column < b.columns; ++column) {
+      __builtin_memcpy(b.targets + column * b.rows + first, near + column * kRows, kRows * sizeof(float));
+    }
+  }
+  for (; first < b.rows; first += kRows) {
+    const std::size_t count = b.rows - first < kRows ? b.rows - first : kRows;
+    round_rows<kStored>(b, {b.targets + first, b.rows}, first, count);
+  }
 }
 
 void round_block(const RoundBlock& b) {

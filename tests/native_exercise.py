@@ -25,6 +25,9 @@ def main(directory: Path) -> None:
             for stored in range(3):
                 _round_block(native, table, columns, rows, stored)
                 _search_groups(native, table, columns, rows, stored)
+        if table == "avx512bf16":
+            for rows in (1, 2, 301):
+                _add_products(native, table, rows)
         print(f"{table}: every kernel ran")
 
 
@@ -56,7 +59,22 @@ def _search_groups(native: Any, table: str, groups: int, size: int, stored: int)
         scales, factors = _matrix(groups, step=0.0), _matrix(3, 1, step=0.1)
         more = (_matrix(2, 16, step=0.05), _matrix(2, 5, step=0.2), _matrix(groups, step=0.0))
         native.search_groups(w, importance, scales, None, factors, -1.0, 1.0, 1e30, 1e-30, stored, *more, table)
-    native.range_groups(w, _matrix(groups), _matrix(groups), table)
+    halves = memoryview(bytearray(2 * groups * size)).cast("B").cast("H", shape=[groups, size])
+    scales = _matrix(groups, step=0.0)
+    for weights in (w, halves):
+        native.range_groups(weights, _matrix(groups), _matrix(groups), table)
+        native.encode_groups(weights, scales, None, codes, -8.0, 7.0, table)
+    native.pack_nibbles(memoryview(bytearray(2 * size)), memoryview(bytearray(size)), table)
+
+
+def _add_products(native: Any, table: str, rows: int) -> None:
+    columns = 192
+    x = memoryview(bytearray(2 * rows * columns)).cast("B").cast("H", shape=[rows, columns])
+    pairs = (rows + 1) // 2
+    panels = memoryview(bytearray(4 * pairs * columns)).cast("B").cast("I", shape=[columns // 64, pairs, 64])
+    for panel in range(columns // 64):
+        native.pair_rows(x, panel, panels, table)
+    native.add_products(panels, _matrix(columns, columns), 0, 3, 1, 3, table)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,17 @@ def encode_groups(
     largest: float,
     kernels: str,
 ) -> None: ...
+def pack_nibbles(codes: Tensor, packed: Tensor, kernels: str) -> None: ...
+def pair_rows(x: Tensor, panel: int, panels: Tensor, kernels: str) -> None: ...
+def add_products(
+    panels: Tensor,
+    total: Tensor,
+    left_begin: int,
+    left_end: int,
+    right_begin: int,
+    right_end: int,
+    kernels: str,
+) -> None: ...
 def search_groups(
     w: Tensor,
     importance: Tensor | None,

@@ -102,7 +102,7 @@ def test_run_continues_a_prompt(pennyweight: Command, artefact: Path) -> None:
         (("quantize", "MODEL", "--out", "out", "--scheme", "int4"), 2, "'int4' is not the name of a scheme"),
         (("quantize", "MODEL", "--out", "out", "--scheme", "int4-g16", "--bits", "4"), 2, "exclude each other"),
         (("quantize", "MODEL", "--out", "out", "--bits", "9"), 2, "--bits"),
-        (("quantize", "MODEL", "--out", "out", "--solver", "magic"), 2, "choose|gptq, nearest"),
+        (("quantize", "MODEL", "--out", "out", "--solver", "magic"), 2, "choose|gptq, gptq-refined"),
         (("quantize", "MODEL", "--out", "out", "--fit", "best"), 2, "--fit best"),
         (("quantize", "MODEL", "--out", "out", "--verify", "maybe"), 2, "--verify maybe"),
         (("quantize", "MODEL", "--out", "out", "--for", "abacus"), 2, "choose from transformers, vllm"),

@@ -144,7 +144,11 @@ def test_the_demo_shows_the_whole_journey() -> None:
         pytest.skip("the shipped model is not in this checkout")
     done = _run("demo", "--json")
     assert done.returncode == 0, done.stderr
-    rows = {(row["scheme"], row["solver"]): row for row in json.loads(done.stdout)["rows"]}
+    rows = {(row["scheme"], row["how"]): row for row in json.loads(done.stdout)["rows"]}
     assert all(row["verified"] == "full" for row in rows.values())
-    assert rows["int4-g128", "gptq"]["kl_mean"] < rows["int4-g128", "nearest"]["kl_mean"]
-    assert rows["int8-g128", "gptq"]["kl_mean"] < 1e-3
+    assert (
+        rows["int4-g128", "normal"]["kl_mean"]
+        < rows["int4-g128", "fast"]["kl_mean"]
+        < rows["int4-g128", "nearest"]["kl_mean"]
+    )
+    assert rows["int8-g128", "fast"]["kl_mean"] < 1e-3

@@ -11,7 +11,7 @@ import pennyweight
 from pennyweight.core.errors import MissingExtraError, UsageError
 from pennyweight.kernels.native import VARIABLE, native
 
-KNOWN_SETS = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "neon"}
+KNOWN_SETS = {"avx512bf16", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "neon"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_instruction_sets_agree_with_the_kernel(library) -> None:
         pytest.skip("this system has no /proc/cpuinfo")
     if not flags:
         pytest.skip("this processor's flags have other names in /proc/cpuinfo")
-    names = {"avx512vnni": "avx512_vnni"}
+    names = {"avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
     x86 = KNOWN_SETS - {"neon"}
     assert set(library.instruction_sets()) == {name for name in x86 if names.get(name, name) in flags}
 

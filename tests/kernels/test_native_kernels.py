@@ -11,6 +11,7 @@ from pennyweight.formats import NumberFormat
 from pennyweight.formats.integer import Int
 from pennyweight.kernels.feedback import Grid, _round_block, round_block_
 from pennyweight.kernels.native import VARIABLE, kernel_table, native, table_of
+from pennyweight.kernels.packing import pack_int32
 from pennyweight.schemes import fit_scales, parse_scheme
 from pennyweight.solvers.nearest import round_to_nearest
 
@@ -36,11 +37,12 @@ def problem(
     return w, lower, Grid(Int(bits), scales, zero, stored), index
 
 
-def run(w: Tensor, lower: Tensor, grid: Grid, index: Tensor, *, twin: bool) -> tuple[Tensor, Tensor]:
+def run(w: Tensor, lower: Tensor, grid: Grid, index: Tensor, *, twin: bool) -> tuple[Tensor, Tensor, Tensor]:
     values, errors = torch.full_like(w, torch.nan), torch.full_like(w, torch.nan)
     call = _round_block if twin else round_block_
-    call(w.clone(), w, values, errors, lower=lower, grid=grid, groups=index)
-    return values, errors
+    targets = w.clone()
+    call(targets, w, values, errors, lower=lower, grid=grid, groups=index)
+    return values, errors, targets
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -52,11 +54,13 @@ def test_rounding_a_block_equals_its_twin(
 ) -> None:
     monkeypatch.setenv(VARIABLE, table)
     given = problem(columns, rows, groups=3, stored=stored, zeros=zeros)
-    values, errors = run(*given, twin=False)
-    expected, expected_errors = run(*given, twin=True)
+    values, errors, targets = run(*given, twin=False)
+    expected, expected_errors, expected_targets = run(*given, twin=True)
     agree = values == expected
     assert agree.float().mean() >= SAME_VALUES
     torch.testing.assert_close(errors[agree], expected_errors[agree], rtol=0, atol=2e-6)
+    if agree.all():
+        torch.testing.assert_close(targets, expected_targets, rtol=2e-6, atol=2e-6)
 
 
 def test_every_instruction_set_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,9 +69,8 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch: pytest.MonkeyPat
     for table in TABLES:
         monkeypatch.setenv(VARIABLE, table)
         results.append(run(*given, twin=False))
-    for values, errors in results[1:]:
-        assert torch.equal(values, results[0][0])
-        assert torch.equal(errors, results[0][1])
+    for found in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found, results[0], strict=True))
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -133,21 +136,37 @@ def test_every_instruction_set_finds_the_same_scales(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "name", ["int4-g128-bf16", "int2-g3-f32", "uint8-channel-f32", "int3-g32-asym-f16", "int8-tensor-f32"]
+    "name",
+    ["int4-g128-bf16", "int2-g3-f32", "int4-g48-f32", "uint8-channel-f32", "int3-g32-asym-f16", "int8-tensor-f32"],
 )
-def test_native_codes_and_ranges_equal_their_twins(monkeypatch: pytest.MonkeyPatch, table: str, name: str) -> None:
+def test_native_codes_and_ranges_equal_their_twins(
+    monkeypatch: pytest.MonkeyPatch, table: str, kept: torch.dtype, name: str
+) -> None:
     scheme = parse_scheme(name)
     w = torch.randn(37, 384, generator=torch.Generator().manual_seed(3))
     w[0], w[1, :128], w[2, 5], w[3] = 0.0, 3.5, 1e30, w[3] * 1e-30
+    w = w.clamp(-6e4, 6e4).to(kept)
     found = []
-    for choice in (table, "torch"):
+    # The twin works on float32, which holds all of them exactly.
+    for choice, given in ((table, w), ("torch", w.float())):
         monkeypatch.setenv(VARIABLE, choice)
-        found.append(round_to_nearest(w, scheme, fit_scales(w, scheme, fit="minmax")))
+        found.append(round_to_nearest(given, scheme, fit_scales(given, scheme, fit="minmax")))
     native, twin = found
     assert torch.equal(native.scales, twin.scales)
     assert native.zeros is twin.zeros is None or torch.equal(native.zeros, twin.zeros)  # type: ignore[arg-type]
     assert torch.equal(native.codes, twin.codes)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("shape", [(1, 8), (3, 40), (7, 264), (5, 36)])
+def test_packing_nibbles_equals_its_twin(monkeypatch: pytest.MonkeyPatch, table: str, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setenv(VARIABLE, table)
+    packed = pack_int32(codes, 4)
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert torch.equal(packed, pack_int32(codes, 4))
 
 
 def test_kernels_that_the_processor_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_results_do_not_depend_on_the_number_of_threads(tmp_path: Path, family: 
             model = StreamedModel(tmp_path)
             stream = model.start(token_batches((4, 3, 3)))
             with model.opened(0) as block:
-                found = collect(model, block, 0, Streams(stream))
+                found = collect(model, block, model.sites_of(0), Streams(stream))
             results.append((run(tmp_path, token_batches((4, 3, 3))), found))
         finally:
             torch.set_num_threads(2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.pipeline import observe as module
 from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
+from pennyweight.pipeline.observe import Observer
 from tests.models.families import FAMILIES, build, save, token_batches
 
 # Sums of float32 over a few hundred rows, in another order.
@@ -41,7 +42,7 @@ def statistics(
     stream = model.start(batches)
     with model.opened(0) as block:
         change(block)
-        return collect(model, block, 0, Streams(stream))
+        return collect(model, block, model.sites_of(0), Streams(stream))
 
 
 def hessian(found: SiteStatistics) -> Tensor:
@@ -250,6 +251,35 @@ def test_a_bfloat16_model_may_be_observed_in_bfloat16(tmp_path: Path, monkeypatc
         assert (hessian(narrow) - hessian(exact)).abs().max() <= NARROW_TOLERANCE * hessian(exact).abs().max(), name
 
 
+def test_the_last_map_is_not_computed_where_nobody_needs_the_output(directories: dict[str, Path]) -> None:
+    model = StreamedModel(directories["llama"])
+    stream = model.start(token_batches((2, 3)))
+    with model.opened(0) as block:
+        whole = Observer(model, block, 0, model.sites_of(0)).run(stream, [0, 1])
+        enough = Observer(model, block, 0, model.sites_of(0), needs_outputs=False).run(stream, [0, 1])
+    for one, other in zip(whole[0], enough[0], strict=True):
+        assert one.leaders == other.leaders
+        for leader, seen in one.inputs.items():
+            assert all(torch.equal(x, y) for (x, _), (y, _) in zip(seen, other.inputs[leader], strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(whole[1], enough[1], strict=True))
+
+
+def test_a_block_that_returns_to_a_site_is_computed_to_its_end(directories: dict[str, Path]) -> None:
+    def twice(block: Any) -> None:
+        once = block.mlp.forward
+        block.mlp.forward = lambda x: once(once(x))
+
+    model = StreamedModel(directories["llama"])
+    stream = model.start(token_batches())
+    with model.opened(0) as block:
+        twice(block)
+        [whole], _ = Observer(model, block, 0, model.sites_of(0)).run(stream, [0])
+        [enough], _ = Observer(model, block, 0, model.sites_of(0), needs_outputs=False).run(stream, [0])
+    leader = whole.leaders[f"{LAYER}.mlp.down_proj"]
+    assert len(whole.inputs[leader]) == 2
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(whole.inputs[leader], enough.inputs[leader], strict=True))
+
+
 # -- the original model beside the quantized one ------------------------------------------------------------------
 
 
@@ -271,7 +301,7 @@ def test_the_cross_moment_pairs_the_tokens_of_both_streams(directories: dict[str
             for batch in range(2):
                 norm = block.input_layernorm(stream.hidden[batch])
                 seen[name].append(norm.detach().double().flatten(0, -2))
-        found = collect(model, block, 0, streams)
+        found = collect(model, block, model.sites_of(0), streams)
     q = found[f"{LAYER}.self_attn.q_proj"].stats
     original, x = torch.cat(seen["original"]), torch.cat(seen["quantized"])
     for moment, expected in ((q.hessian, x.T @ x / len(x)), (q.cross, original.T @ x / len(x))):
@@ -291,7 +321,7 @@ def test_before_anything_is_quantized_there_is_nothing_to_cross(directories: dic
     assert streams.original is not None
     with model.opened(0) as block:
         outputs = model.run_block(block, 0, streams.original)
-        found = collect(model, block, 0, streams)
+        found = collect(model, block, model.sites_of(0), streams)
     assert all(one.stats.cross is one.stats.hessian and not one.notes for one in found.values())
     assert found[f"{LAYER}.mlp.gate_proj"].stats is found[f"{LAYER}.mlp.up_proj"].stats
     assert all(torch.equal(one, other) for one, other in zip(streams.original.hidden, outputs, strict=True))

@@ -174,7 +174,7 @@ def statistics(directory: Path, sensitive: Sensitivities | None, *, noise: float
             x + noise * x.std() * torch.randn(x.shape, generator=generator) for x in streams.quantized.hidden
         ]
     with model.opened(0) as block:
-        return collect(model, block, 0, streams, has_magnitudes=True)
+        return collect(model, block, model.sites_of(0), streams, has_magnitudes=True)
 
 
 def same_for_all(directory: Path, parts: Sequence[Tensor]) -> Sensitivities:

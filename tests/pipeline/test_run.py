@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pennyweight.containers.compressed_tensors import CompressedTensors
-from pennyweight.core.files import sha256
+from pennyweight.core.hashing import sha256
 from pennyweight.models.base import Site
 from pennyweight.pipeline.records import RunReport
 from pennyweight.schemes import fit_scales, parse_scheme
@@ -234,3 +235,14 @@ def test_settings_of_a_former_quantization_and_modules_of_an_embedder(model: Pat
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert report.size_bytes == sum(file.stat().st_size for file in files)
     assert "1_Pooling/config.json" in json.loads((tmp_path / "out" / "pennyweight.json").read_text())["outputs"]
+
+
+def test_a_model_can_be_calibrated_on_what_it_writes_itself(model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, bare)
+    report = tiny.run(bare, tmp_path / "out", replace(OPTIONS, calibration="self"))
+    recipe = json.loads((tmp_path / "out" / "pennyweight.json").read_text())["recipe"]
+    assert (recipe["calibration"]["source"], recipe["calibration"]["samples"]) == ("self", 12)
+    assert report.fallbacks == {}

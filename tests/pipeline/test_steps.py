@@ -23,10 +23,11 @@ from tests.pipeline.tiny import OPTIONS
 
 STEPS: dict[str, Options] = {
     "rotated": replace(OPTIONS, solver="gptq", rotate=True),
+    "staged": replace(OPTIONS, solver="qronos", staged=True),
     "awq": replace(OPTIONS, solver="gptq", transform="awq"),
     "smoothquant": replace(OPTIONS, solver="nearest", transform="smoothquant"),
     "signed-gradient": replace(OPTIONS, solver="gptq", refine="signed-gradient"),
-    "awq, sigmoid": replace(OPTIONS, solver="gptq", transform="awq", refine="sigmoid"),
+    "all": replace(OPTIONS, solver="qronos", staged=True, transform="awq", refine="sigmoid"),
 }
 
 

@@ -86,7 +86,7 @@ def text_file(directory: Path, **kwargs: Any) -> str:
     return str(file)
 
 
-OPTIONS = Options(scheme="int4-g16", calibration=(words(),), samples=12, length=24)
+OPTIONS = Options(scheme="int4-g16", effort="fast", calibration=(words(),), samples=12, length=24)
 
 
 def run(model: Path, out: Path, options: Options = OPTIONS, **kwargs: Any) -> RunReport:

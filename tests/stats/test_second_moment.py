@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pennyweight.core.errors import ShapeError
+from pennyweight.kernels.native import multiplies_bfloat16
 from pennyweight.stats import second_moment
-from pennyweight.stats.second_moment import SecondMoment
+from pennyweight.stats.second_moment import SecondMoment, _add_products, _add_products_native
 
 # float32 sums of a few hundred products of numbers of size 1, added in another order.
 ORDER_OF_SUMS = 1e-5
@@ -36,6 +37,30 @@ def test_the_hessian_is_the_mean_of_the_outer_products(inputs: int, dtype: torch
     x = torch.randn(70, inputs).to(dtype)
     hessian = gathered([x], inputs).hessian_()
     assert hessian.dtype == torch.float32
+    torch.testing.assert_close(hessian.double(), reference(x), atol=ORDER_OF_SUMS, rtol=ORDER_OF_SUMS)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="no kernels for products of bfloat16 on this machine")
+@pytest.mark.parametrize("inputs", [64, 128, 640])
+@pytest.mark.parametrize("rows", [[1], [2], [255, 2], [600, 1, 37]])
+def test_products_of_bfloat16_equal_their_twin(inputs: int, rows: list[int]) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    # Whole numbers, whose products and sums are exact in whatever order they are made.
+    x = [torch.randint(-9, 10, (count, inputs), generator=generator).bfloat16() for count in rows]
+    totals = []
+    for add in (_add_products_native, _add_products):
+        total = torch.ones(inputs, inputs)
+        add(total, list(x))
+        totals.append(SecondMoment(total, sum(rows)).hessian_())
+    assert torch.equal(*totals)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="no kernels for products of bfloat16 on this machine")
+def test_products_of_bfloat16_are_summed_in_float32() -> None:
+    x = torch.randn(999, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total = torch.zeros(192, 192)
+    _add_products_native(total, [x])
+    hessian = SecondMoment(total, len(x)).hessian_()
     torch.testing.assert_close(hessian.double(), reference(x), atol=ORDER_OF_SUMS, rtol=ORDER_OF_SUMS)
 
 

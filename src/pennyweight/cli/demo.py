@@ -10,13 +10,14 @@ import typer
 
 from pennyweight.cli.console import mebibytes, put_json, say, table
 
-# Scheme and solver of each row, and what it is there to show.
+# Scheme of each row, and how its codes are chosen: rounding alone, or an effort.
 _ROWS = (
-    ("int8-g128", "gptq"),
+    ("int8-g128", "fast"),
     ("int4-g128", "nearest"),
-    ("int4-g128", "gptq"),
-    ("int3-g128", "gptq"),
-    ("int2-g64", "gptq"),
+    ("int4-g128", "fast"),
+    ("int4-g128", "normal"),
+    ("int3-g128", "normal"),
+    ("int2-g64", "normal"),
 )
 
 
@@ -41,7 +42,7 @@ def demo(
         return
     _print(rows)
     if out:
-        print(f"\nKept in {out}. Try: pennyweight run {out}/int4-g128-gptq --prompt 'It was a dark night, and'")
+        print(f"\nKept in {out}. Try: pennyweight run {out}/int4-g128-normal --prompt 'It was a dark night, and'")
 
 
 def _rows(directory: Path) -> list[dict[str, Any]]:
@@ -51,15 +52,16 @@ def _rows(directory: Path) -> list[dict[str, Any]]:
 
     model = Path(pennyweight.__file__).parent / "demo_model"
     rows: list[dict[str, Any]] = []
-    for scheme, solver in _ROWS:
-        target = directory / f"{scheme}-{solver}"
-        say(f"{scheme} by {solver}: quantizing, verifying, evaluating")
-        report = quantize(model, target, scheme=scheme, solver=solver, samples=64, device="cpu")
+    for scheme, how in _ROWS:
+        target = directory / f"{scheme}-{how}"
+        say(f"{scheme}, {how}: quantizing, verifying, evaluating")
+        asked: dict[str, Any] = {"solver": how} if how == "nearest" else {"effort": how}
+        report = quantize(model, target, scheme=scheme, samples=64, device="cpu", **asked)
         found = evaluate(str(target), against=str(model), source=str(model / "held-out.txt"))
         rows.append(
             {
                 "scheme": scheme,
-                "solver": solver,
+                "how": how,
                 "size_bytes": report.size_bytes,
                 "original_bytes": found.reference_size_bytes,
                 "bpw_sites": report.bpw_sites,
@@ -93,7 +95,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         lost = 100 * (row["perplexity"] / row["reference_perplexity"] - 1)
         lines.append(
             [
-                f"{row['scheme']}, {row['solver']}",
+                f"{row['scheme']}, {row['how']}",
                 mebibytes(row["size_bytes"]),
                 f"{row['bpw_sites']:.2f}",
                 f"{row['perplexity']:.2f} ({lost:+.1f} %)",

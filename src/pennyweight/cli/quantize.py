@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pennyweight.cli.console import Bar, Clock, device_of, mebibytes, put_json, say, set_jobs
+from pennyweight.core.hashing import Hashes
 from pennyweight.core.memory import settle_imports
 
 if TYPE_CHECKING:
@@ -18,81 +20,112 @@ if TYPE_CHECKING:
     from pennyweight.train.recover import Step
 
 
+_Model = Annotated[str, typer.Argument(help="Model directory or Hugging Face Hub id.")]
+_Out = Annotated[str, typer.Option(help="Directory to write; must be new or empty.")]
+_Scheme = Annotated[
+    str | None, typer.Option(help="Short name: int4-g128, int4-g32-asym, nvfp4...  [default: int4-g128]")
+]
+_Bits = Annotated[int | None, typer.Option(min=2, max=8, help="Instead of --scheme: this width in groups of 128.")]
+_Runtime = Annotated[str, typer.Option("--for", help="What will read the result: transformers or vllm.")]
+_Effort = Annotated[
+    str, typer.Option(help="fast, normal or best: what the run may cost, and so which of the next steps it takes.")
+]
+_Rotate = Annotated[
+    bool, typer.Option("--rotate", help="Rotate the residual stream first; a head that is tied is untied.")
+]
+_Transform = Annotated[str | None, typer.Option(help="How a block is rewritten before that: awq or none.")]
+_Solver = Annotated[
+    str | None, typer.Option(help="How the codes of one matrix are chosen: qronos, gptq, gptq-refined, nearest...")
+]
+_Staged = Annotated[
+    bool | None,
+    typer.Option(
+        "--staged/--no-staged", help="Calibrate each matrix behind the quantized ones before it in its block."
+    ),
+]
+_Refine = Annotated[
+    str | None, typer.Option(help="How those of a block are refined together: signed-gradient, sigmoid or none.")
+]
+_Recover = Annotated[
+    bool | None, typer.Option("--recover/--no-recover", help="Train scales and norms end to end at last.")
+]
+_LossAware = Annotated[
+    bool, typer.Option("--loss-aware/--no-loss-aware", help="Weigh tokens by how much the loss depends on them.")
+]
+_Fit = Annotated[str, typer.Option(help="How scales are fitted: search or minmax.")]
+_Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text file, .jsonl, directory, built-in, self (the model writes it) or none.  "
+        "[default: built-in, none for a --solver that needs no data]"
+    ),
+]
+_Samples = Annotated[int, typer.Option(min=1, help="Calibration windows at most.")]
+_Length = Annotated[int, typer.Option(min=4, help="Tokens a window.")]
+_Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Jobs = Annotated[
+    int | None, typer.Option(min=1, help="Threads; the result does not depend on it.  [default: all cores]")
+]
+_Verify = Annotated[str, typer.Option(help="How the result is checked in its runtime: full, blocks or none.")]
+_Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
 def quantize(
-    model: str = typer.Argument(help="Model directory or Hugging Face Hub id."),
-    out: str = typer.Option(..., help="Directory to write; must be new or empty."),
-    scheme: str | None = typer.Option(
-        None, help="Short name: int4-g128, int4-g32-asym, int8-channel...  [default: int4-g128]"
-    ),
-    bits: int | None = typer.Option(None, min=2, max=8, help="Instead of --scheme: this width in groups of 128."),
-    runtime: str = typer.Option("transformers", "--for", help="What will read the result: transformers or vllm."),
-    effort: str = typer.Option(
-        "normal", help="fast, normal or best: what the run may cost, and so which of the next four steps it takes."
-    ),
-    rotate: bool = typer.Option(False, "--rotate", help="Rotate the residual stream first; a tied head is untied."),
-    transform: str | None = typer.Option(None, help="How a block is rewritten before that: awq, or none."),
-    solver: str | None = typer.Option(None, help="How the codes of one matrix are chosen: gptq, nearest..."),
-    refine: str | None = typer.Option(None, help="How those of a block are refined together, or none."),
-    recover: bool | None = typer.Option(
-        None, "--recover/--no-recover", help="Train scales and norms end to end at last."
-    ),
-    loss_aware: bool = typer.Option(
-        False, "--loss-aware/--no-loss-aware", help="Weigh tokens by how much the loss depends on them."
-    ),
-    fit: str = typer.Option("search", help="How scales are fitted: search or minmax."),
-    calibration: str | None = typer.Option(
-        None,
-        help="Text file, .jsonl, directory, built-in, self or none.  [default: built-in, none for --solver nearest]",
-    ),
-    samples: int = typer.Option(128, min=1, help="Calibration windows at most."),
-    length: int = typer.Option(512, min=4, help="Tokens a window."),
-    seed: int = typer.Option(0, help="Which windows are drawn."),
-    device: str = typer.Option("auto", help="auto, cpu or cuda."),
-    jobs: int | None = typer.Option(
-        None, min=1, help="Threads; the result does not depend on it.  [default: all cores]"
-    ),
-    verify: str = typer.Option("full", help="How the result is checked in its runtime: full, blocks or none."),
-    trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    model: _Model,
+    out: _Out,
+    scheme: _Scheme = None,
+    bits: _Bits = None,
+    runtime: _Runtime = "transformers",
+    effort: _Effort = "normal",
+    rotate: _Rotate = False,
+    transform: _Transform = None,
+    solver: _Solver = None,
+    staged: _Staged = None,
+    refine: _Refine = None,
+    recover: _Recover = None,
+    loss_aware: _LossAware = False,
+    fit: _Fit = "search",
+    calibration: _Calibration = None,
+    samples: _Samples = 128,
+    length: _Length = 512,
+    seed: _Seed = 0,
+    device: _Device = "auto",
+    jobs: _Jobs = None,
+    verify: _Verify = "full",
+    trust_remote_code: _Trust = False,
+    as_json: _Json = False,
 ) -> None:
     """Quantize a model, and verify it in its runtime.
 
     After a crash or Ctrl-C the same command continues where it was.
     """
-    from pennyweight.core.errors import UsageError
-
+    _check(scheme, bits, verify)
+    # Beside the imports, which take seconds.
+    hashes = Hashes(sorted(Path(model).glob("*.safetensors")))
     gc.disable()
     from pennyweight.evaluate.proved import quantize as job
+
+    set_jobs(jobs)
+    report = job(
+        model, out, scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"), runtime=runtime,
+        effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
+        refine=refine, recover=recover, loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]
+        calibration=calibration, samples=samples, length=length, seed=seed, device=device_of(device),
+        trust_remote_code=trust_remote_code, verification=verify,  # type: ignore[arg-type]
+        tell=teller(), tell_step=step_teller(), hashes=hashes,
+    )  # fmt: skip
+    put_json(report) if as_json else _print(report)
+
+
+def _check(scheme: str | None, bits: int | None, verify: str) -> None:
+    from pennyweight.core.errors import UsageError
 
     if scheme and bits:
         raise UsageError(f"--scheme {scheme} and --bits {bits} exclude each other: give one")
     if verify not in ("full", "blocks", "none"):
         raise UsageError(f"--verify {verify}: give full, blocks or none")
-    set_jobs(jobs)
-    report = job(
-        model,
-        out,
-        scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"),
-        effort=effort,  # type: ignore[arg-type]
-        rotate=rotate,
-        transform=transform,
-        solver=solver,
-        refine=refine,
-        recover=recover,
-        loss_aware=loss_aware,
-        fit=fit,  # type: ignore[arg-type]
-        runtime=runtime,
-        calibration=calibration,
-        samples=samples,
-        length=length,
-        seed=seed,
-        device=device_of(device),
-        trust_remote_code=trust_remote_code,
-        verification=verify,  # type: ignore[arg-type]
-        tell=teller(),
-        tell_step=step_teller(),
-    )
-    put_json(report) if as_json else _print(report)
 
 
 def teller() -> Tell:

@@ -1,10 +1,9 @@
-"""Files that appear whole or not at all, content hashes, and JSON that is the same every time."""
+"""Files that appear whole or not at all, and JSON that is the same every time."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.core.errors import SpaceError
-
-_READ = 1 << 22
 
 
 def to_json(value: Any) -> str:
@@ -35,15 +32,6 @@ def write_text(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sync_files(directory: Path) -> None:

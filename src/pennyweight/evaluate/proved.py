@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pennyweight.core.hashing import Hashes
 from pennyweight.evaluate.verify import Extent, verify
 from pennyweight.pipeline.effort import Effort
 from pennyweight.pipeline.options import Options
@@ -25,6 +26,7 @@ def quantize(
     rotate: bool = False,
     transform: str | None = None,
     solver: str | None = None,
+    staged: bool | None = None,
     refine: str | None = None,
     recover: bool | None = None,
     loss_aware: bool = False,
@@ -39,12 +41,13 @@ def quantize(
     verification: Extent = "full",
     tell: Tell = lambda done: None,
     tell_step: Callable[[Step], None] = lambda step: None,
+    hashes: Hashes | None = None,
 ) -> RunReport:
     """Quantize a model directory or Hub id into the new directory `out`, verified.
 
     `calibration` is a text file, a .jsonl, a directory, "built-in", "none", or the texts themselves; see Options for
-    the rest. `tell` hears of each block, `tell_step` of each step of recovery. Returns what was done; raises
-    PennyweightError, and then `out` does not exist.
+    the rest. `tell` hears of each block, `tell_step` of each step of recovery; `hashes` of the model's files may have
+    been begun. Returns what was done; raises PennyweightError, and then `out` does not exist.
     """
     options = Options(
         scheme=scheme,
@@ -52,6 +55,7 @@ def quantize(
         rotate=rotate,
         transform=transform,
         solver=solver,
+        staged=staged,
         refine=refine,
         recover=recover,
         loss_aware=loss_aware,
@@ -74,4 +78,4 @@ def quantize(
         return found
 
     finish = Recovery(tell=tell_step) if options.steps.recover else None
-    return run(str(model), out, options, finish=finish, verify=prove, tell=tell)
+    return run(str(model), out, options, finish=finish, verify=prove, tell=tell, hashes=hashes)

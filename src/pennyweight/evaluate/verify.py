@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pennyweight.core.errors import ModelError, VerificationError
-from pennyweight.core.files import sha256
+from pennyweight.core.hashing import sha256
 from pennyweight.models.config_json import read_config_json
 
 Extent = Literal["full", "blocks", "none"]

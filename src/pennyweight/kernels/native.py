@@ -2,7 +2,7 @@
 
 PENNYWEIGHT_KERNELS=auto     the native library if it is there (the default)
 PENNYWEIGHT_KERNELS=native   the native library, or an error
-PENNYWEIGHT_KERNELS=avx512, avx2 or scalar   the native library with these kernels, or an error
+PENNYWEIGHT_KERNELS=avx512bf16, avx512, avx2 or scalar   the native library with these kernels, or an error
 PENNYWEIGHT_KERNELS=torch    the plain torch versions only
 """
 
@@ -22,7 +22,7 @@ from pennyweight.formats.integer import Int
 # The numbers that csrc/kernels.h gives to the types in which scales are stored.
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIABLE = "PENNYWEIGHT_KERNELS"
-_TABLES = ("avx512", "avx2", "scalar")
+_TABLES = ("avx512bf16", "avx512", "avx2", "scalar")
 _CHOICES = ("auto", "native", *_TABLES, "torch")
 
 
@@ -61,6 +61,16 @@ def kernel_table() -> str | None:
     if choice not in there:
         raise UsageError(f"{VARIABLE}={choice}: this processor has {', '.join(there)}: name one of these, or auto")
     return choice
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels in use have products of bfloat16."""
+    return kernel_table() == "avx512bf16"
+
+
+def as_stored(w: Tensor) -> Tensor:
+    """`w` as the kernels over groups take it: bfloat16 by its bits, float32 as it is, anything else as float32."""
+    return w.view(torch.uint16) if w.dtype == torch.bfloat16 else w.float()
 
 
 def table_of(element: NumberFormat) -> Tensor:

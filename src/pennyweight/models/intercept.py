@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from pennyweight.kernels.matmul import has_fast_linear, linear_f32
 
-# Names of sites and the input [..., in] that they were called with.
-Seen = Callable[[list[str], Tensor], None]
-# The same with the output [..., out], as it is in the graph.
+# Told the names of sites and the input [..., in] that they are called with; says whether what the map would give is
+# needed by nobody: zeros then take its place.
+Seen = Callable[[list[str], Tensor], bool]
+# Told the same names and the output [..., out], as it is in the graph.
 Made = Callable[[list[str], Tensor], None]
 
 
@@ -51,8 +52,8 @@ class Watched:
 
 class Intercept(TorchFunctionMode):
     """While active in a thread: float32 linear maps on the CPU take the fastest exact path, parameters that are still
-    on "meta" are read when they are first used, `seen(sites, x)` is called for each linear map with its input, and
-    `made(sites, y)` for each but products of stacks with its output.
+    on "meta" are read when they are first used, `seen(sites, x)` is called for each linear map with its input, in the
+    type in which the map is computed, and `made(sites, y)` for each but products of stacks with its output.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Intercept(TorchFunctionMode):
         self._seen = seen
         self._made = made
         self._load_rows = load_rows
+        self._rounded: tuple[Tensor, int, Tensor] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -113,17 +115,27 @@ class Intercept(TorchFunctionMode):
         return self._load_rows(weight, rows)[places]
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        self._notify(weight, x)
         return self._handed_on(weight, self._mapped(x, weight, bias))
 
     def _mapped(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         narrow = None if self._watched is None else self._watched.narrowed(weight)
         if narrow is not None:
-            out = nn.functional.linear(x.bfloat16(), narrow).float()
+            x = self._in_bfloat16(x)
+        if self._notify(weight, x):
+            return torch.zeros(*x.shape[:-1], weight.shape[0], dtype=weight.dtype, device=x.device)
+        if narrow is not None:
+            out = nn.functional.linear(x, narrow).float()
             return out if bias is None else out.add_(bias)
         if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() and has_fast_linear():
             return linear_f32(x, weight, bias)
         return nn.functional.linear(x, weight, bias)
+
+    def _in_bfloat16(self, x: Tensor) -> Tensor:
+        """Maps that are called with the same input after one another share its rounding."""
+        last = self._rounded
+        if last is None or last[0] is not x or last[1] != x._version:
+            self._rounded = last = (x, x._version, x.bfloat16())
+        return last[2]
 
     def _product(self, x: Tensor, weight: Any) -> None:
         if not isinstance(weight, Tensor) or weight.ndim not in (2, 3):
@@ -134,12 +146,11 @@ class Intercept(TorchFunctionMode):
         for index in range(weight.shape[0] if x.ndim == 3 and x.shape[0] == weight.shape[0] else 0):
             self._notify(weight[index], x[index])
 
-    def _notify(self, weight: Tensor, x: Tensor) -> None:
+    def _notify(self, weight: Tensor, x: Tensor) -> bool:
         if self._watched is None or self._seen is None:
-            return
+            return False
         names = self._watched.within(weight) if x.numel() else []
-        if names:
-            self._seen(names, x.detach())
+        return bool(names) and self._seen(names, x.detach())
 
     def _handed_on(self, weight: Any, out: Tensor) -> Tensor:
         if self._watched is not None and self._made is not None and isinstance(weight, Tensor) and weight.ndim == 2:

@@ -22,14 +22,22 @@ _TOWERS = ("vision", "visual", "audio", "image", "speech", "video", "mtp", "code
 # What a config that does not fit its model class raises, beside errors of our own.
 _MISFITS = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError)
 
+_FILLING = {"normal_", "uniform_", "trunc_normal_"}
+
 
 class _WithoutMemory(TorchFunctionMode):
-    """torch.empty gives meta tensors: large parameters take no memory, computed buffers (rotary tables) are real."""
+    """torch.empty gives meta tensors: large parameters take no memory, computed buffers (rotary tables) are real.
+
+    Meta tensors are not filled: torch would do it in Python, with the help of sympy.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        filled = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in _FILLING and isinstance(filled, torch.Tensor) and filled.is_meta:
+            return filled
         return func(*args, **kwargs)
 
 

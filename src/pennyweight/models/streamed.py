@@ -20,6 +20,7 @@ from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.decoders import decoded
 from pennyweight.models.intercept import Intercept, Made, Seen, Watched
+from pennyweight.models.postponed import postponed
 from pennyweight.models.sites import Place, find_sites
 from pennyweight.models.skeleton import build, call_arguments, find_blocks, read_config
 from pennyweight.models.substitute import Substituted
@@ -52,9 +53,10 @@ class StreamedModel:
         self.trust_remote_code = trust_remote_code
         raw = read_config_json(path)
         self.checkpoint: Checkpoint = checkpoint or decoded(open_checkpoint(path), raw)
-        self.config = read_config(path, trust_remote_code=trust_remote_code)
-        self.module = build(self.config, trust_remote_code=trust_remote_code)
-        self.weights = WeightMap(self.module, self.checkpoint)
+        with postponed():
+            self.config = read_config(path, trust_remote_code=trust_remote_code)
+            self.module = build(self.config, trust_remote_code=trust_remote_code)
+            self.weights = WeightMap(self.module, self.checkpoint)
         self._untie()
         self.blocks = find_blocks(self.module)
         found = find_sites(self.module, self.blocks, self.weights)
@@ -116,10 +118,13 @@ class StreamedModel:
         return parallel_map(one, range(len(stream.hidden)) if batches is None else batches)
 
     def differentiable(self, block: nn.Module, index: int, stream: Stream, batch: int, *,
-                       watched: Watched | None = None, made: Made | None = None) -> Tensor:  # fmt: skip
-        """The output of block `index` for one batch, recorded for gradients; call it where there are to be any. `made`
-        gets what linear maps of `watched` sites give."""
-        with Intercept(load=self._load, watched=watched, made=made):
+                       weights: Sequence[Tensor] = (), watched: Watched | None = None,
+                       made: Made | None = None) -> Tensor:  # fmt: skip
+        """The output of block `index` for one batch, recorded for gradients where there are to be any. Linear maps with
+        one of the `weights` are computed as in calibration; `made` gets what those of `watched` sites give."""
+        values = {id(weight): weight for weight in weights}
+        intercept = Intercept(load=self._load, watched=watched, made=made)
+        with intercept, Substituted(values, is_narrow=self.calibrates_in_bfloat16):
             return self._call(block, index, stream, batch)
 
     def _call(self, block: nn.Module, index: int, stream: Stream, batch: int) -> Tensor:
@@ -296,26 +301,33 @@ class StreamedModel:
         block = self.module.get_submodule(name)
         empty = dict(block.named_parameters())
         try:
+            missing = [path for path in empty if f"{name}.{path}" not in given]
+            values = parallel_map(lambda path: self.weights.read(f"{name}.{path}").to(self.device), missing)
+            read = dict(zip(missing, values, strict=True))
+            del values
             for path in empty:
                 known = given.get(f"{name}.{path}")
-                if known is None:
-                    value = self.weights.read(f"{name}.{path}").to(self.device)
-                    known = nn.Parameter(value, requires_grad=False)
-                _set(block, path, known)
+                _set(block, path, nn.Parameter(read.pop(path), requires_grad=False) if known is None else known)
             yield block
         finally:
             for path, parameter in empty.items():
                 _set(block, path, parameter)
 
-    def matrix(self, site: Site) -> Tensor:
-        """The site's weight [out, in] in an opened block, as a view of the block's memory."""
+    def matrix(self, site: Site, block: nn.Module | None = None) -> Tensor:
+        """The site's weight [out, in] in an opened block, or in `block`, a copy of that, as a view of its memory."""
         place = self.places[site.name]
-        return place.view(self.module.get_parameter(place.parameter).data)
+        if block is None:
+            return place.view(self.module.get_parameter(place.parameter).data)
+        within = place.parameter.removeprefix(f"{self.blocks[site.block]}.")
+        return place.view(block.get_parameter(within).data)
 
-    def watched(self, sites: Sequence[Site], *, is_narrow: bool | None = None) -> Watched:
-        """Recognises the sites of an opened block by where their weights lie; `is_narrow`: as calibration is."""
+    def watched(
+        self, sites: Sequence[Site], block: nn.Module | None = None, *, is_narrow: bool | None = None
+    ) -> Watched:
+        """Recognises sites by where their weights lie in an opened block, or in a copy of it; `is_narrow`: as
+        calibration is."""
         is_narrow = self.calibrates_in_bfloat16 if is_narrow is None else is_narrow
-        return Watched({site.name: self.matrix(site) for site in sites}, is_narrow=is_narrow)
+        return Watched({site.name: self.matrix(site, block) for site in sites}, is_narrow=is_narrow)
 
     @property
     def calibrates_in_bfloat16(self) -> bool:

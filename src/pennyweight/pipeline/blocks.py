@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from pennyweight.core.memory import give_back_memory
@@ -18,13 +19,16 @@ from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone, SiteRecord, Tell
 from pennyweight.pipeline.rescale import BlockRescaler, kept_names
 from pennyweight.pipeline.solve import SolvedSite, again_measured, check_finite, joined, solve_site
+from pennyweight.pipeline.stages import stages_of
 from pennyweight.schemes import QuantizedWeight, Scheme
 from pennyweight.solvers.base import Statistics
 from pennyweight.solvers.learned.base import BlockProblem
 
 # Weights that one thread reads and solves at a time where there is no data: its buffers are small enough that the
 # allocator reuses them, which a buffer of a whole matrix is not.
-_PART = 1 << 20
+_PART = 1 << 22
+# Rows that one thread puts back at a time.
+_ROWS = 256
 # Weights whose codes, a byte each, are held before they are written.
 _ROUND = 1 << 27
 
@@ -73,82 +77,112 @@ def _one_block(
     sites = [site for site in model.sites_of(index) if site.name in output.plan.schemes]
     if streams is None:
         return _without_data(model, output, sites, chain), ()
-    folds: tuple[str, ...] = ()
     with model.opened(index) as block:
         for site in sites:
             # Before the block is run: what comes out of NaN would be blamed on other sites.
             check_finite(model.matrix(site), site.tensor)
-        found = collect(model, block, index, streams, has_magnitudes=rescaler is not None)
+        folds = _rewrite_(model, output, block, sites, streams, rescaler) if rescaler is not None and sites else ()
+        # Later stages and refining look back at what the block was.
+        reference = deepcopy(block) if chain.is_staged or chain.refine is not None else None
+        solved = _by_stages(model, output, block, sites, chain=chain, streams=streams, reference=reference)
+        if chain.refine is not None and reference is not None:
+            solved = _refined(model, output, block, sites, solved, chain=chain, streams=streams, reference=reference)
         give_back_memory()
-        if rescaler is not None:
-            rewritten = rescaler.rewrite_(block, index, sites, found)
-            found, folds = rewritten.statistics, rewritten.folds
-            for name, tensor in rewritten.kept.items():
-                output.files.write(name, tensor)
-        solve = _each_site if chain.refine is None else _together
-        records = solve(model, output, index, sites, found, chain=chain, streams=streams)
-        give_back_memory()
+        if not sites and streams.original is not None:
+            _advance(model, block, index, streams.original)
         _advance(model, block, index, streams.quantized)
-    return records, folds
+    return [solved[site.name].record for site in sites], folds
 
 
-def _each_site(
+def _rewrite_(
     model: StreamedModel,
     output: Output,
-    index: int,
+    block: nn.Module,
     sites: Sequence[Site],
-    found: dict[str, SiteStatistics],
+    streams: Streams,
+    rescaler: BlockRescaler,
+) -> tuple[str, ...]:
+    """Rescale the block's folds, write what is kept of them, and say which."""
+    found = collect(model, block, sites, Streams(streams.quantized), has_magnitudes=True)
+    rewritten = rescaler.rewrite_(block, sites, found)
+    for name, tensor in rewritten.kept.items():
+        output.files.write(name, tensor)
+    return rewritten.folds
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What is left of a solved site: its record, and what refining begins with."""
+
+    record: SiteRecord
+    weight: QuantizedWeight | None = None
+    found: SiteStatistics | None = None
+
+
+def _by_stages(
+    model: StreamedModel,
+    output: Output,
+    block: nn.Module,
+    sites: Sequence[Site],
     *,
     chain: Chain,
     streams: Streams,
-) -> list[SiteRecord]:
-    """Solve, write and put back one site after the other."""
-    records = []
-    for site in sites:
-        matrix = model.matrix(site).contiguous()
-        # The last site of an input lets go of its Hessian.
-        solved = solve_site(site, matrix, output.plan.schemes[site.name], chain, found.pop(site.name))
-        output.write(site, solved.weight)
-        _put_back(model, site, solved.weight)
-        records.append(solved.record)
-    return records
+    reference: nn.Module | None,
+) -> dict[str, _Solved]:
+    """Solve all sites and put them back, stage after stage, each on what those before it give; write them, unless they
+    are to be refined."""
+    stages = stages_of(model, block, sites, streams.quantized) if chain.is_staged and sites else [sites]
+    solved: dict[str, _Solved] = {}
+    for number, stage in enumerate(stages if sites else []):
+        hands_on = number == len(stages) - 1
+        found = collect(model, block, stage, streams, reference=reference if number else None, hands_on=hands_on)
+        give_back_memory()
+        for site in stage:
+            matrix = model.matrix(site).contiguous()
+            # The last site of an input lets go of its Hessian.
+            statistics = found.pop(site.name)
+            one = solve_site(site, matrix, output.plan.schemes[site.name], chain, statistics)
+            if chain.refine is None:
+                output.write(site, one.weight)
+            _put_back(model, site, one.weight)
+            solved[site.name] = (
+                _Solved(one.record) if chain.refine is None else _Solved(one.record, one.weight, statistics)
+            )
+    return solved
 
 
-def _together(
+def _refined(
     model: StreamedModel,
     output: Output,
-    index: int,
+    block: nn.Module,
     sites: Sequence[Site],
-    found: dict[str, SiteStatistics],
+    solved: Mapping[str, _Solved],
     *,
     chain: Chain,
     streams: Streams,
-) -> list[SiteRecord]:
-    """Solve all sites, then refine them as one block; nothing is written before that."""
+    reference: nn.Module,
+) -> dict[str, _Solved]:
+    """Refine all sites of the block together, write them and put them back."""
     assert chain.refine is not None
     assert streams.original is not None
-    originals = {site.name: model.matrix(site).contiguous().clone() for site in sites}
-    solved = {
-        site.name: solve_site(site, originals[site.name], output.plan.schemes[site.name], chain, found[site.name])
-        for site in sites
-    }
-    block = model.module.get_submodule(model.blocks[index])
-    problem = BlockProblem(
-        weights=originals,
-        start={name: one.weight for name, one in solved.items()},
-        forward=lambda weights, batch: model.run_with(block, index, streams.quantized, batch, weights),
-        targets=streams.original.hidden,
-        seed=chain.seed,
+    originals = {site.name: model.matrix(site, reference).contiguous() for site in sites}
+    refined = chain.refine.refine(
+        BlockProblem(
+            weights=originals,
+            start={name: one.weight for name, one in solved.items() if one.weight is not None},
+            forward=lambda weights, batch: model.run_with(block, sites[0].block, streams.quantized, batch, weights),
+            targets=streams.original.hidden,
+            seed=chain.seed,
+        )
     )
-    refined = chain.refine.refine(problem)
-    records = []
+    records = {}
     for site in sites:
-        weight = refined.weights[site.name]
+        weight, statistics = refined.weights[site.name], solved[site.name].found
+        assert statistics is not None
         output.write(site, weight)
         _put_back(model, site, weight)
-        records.append(
-            again_measured(site, originals[site.name], weight, found.pop(site.name), solved[site.name].record)
-        )
+        record = again_measured(site, originals[site.name], weight, statistics, solved[site.name].record)
+        records[site.name] = _Solved(record)
     return records
 
 
@@ -175,7 +209,7 @@ def _one_round(model: StreamedModel, output: Output, sites: Sequence[Site], chai
 
     def solve(work: tuple[Site, slice]) -> SolvedSite:
         site, part = work
-        matrix = stored_matrix(model.checkpoint, site, part).to(model.device).float().contiguous()
+        matrix = stored_matrix(model.checkpoint, site, part).to(model.device).contiguous()
         check_finite(matrix, site.tensor)
         return solve_site(site, matrix, output.plan.schemes[site.name], chain, SiteStatistics(Statistics(), 0))
 
@@ -213,7 +247,8 @@ def stored_matrix(checkpoint: Checkpoint, site: Site, rows: slice | None = None)
 
 def _put_back(model: StreamedModel, site: Site, weight: QuantizedWeight) -> None:
     """The block computes with the decoded weights from now on."""
-    model.matrix(site).copy_(weight.dequantize(torch.float32))
+    matrix = model.matrix(site)
+    parallel_map(lambda rows: matrix[rows].copy_(weight.rows(rows).dequantize()), chunks(matrix.shape[0], _ROWS))
 
 
 def _replay(model: StreamedModel, output: Output, index: int, streams: Streams) -> None:

@@ -15,6 +15,7 @@ class Chain:
     """transform   rewrites a block before it is solved; None: it stays as it is
     solver      chooses the codes of one site after the other
     fit         how scales are fitted where a site has to be rounded to nearest
+    is_staged   each site sees what the quantized sites before it in the block give, not only the blocks before
     refine      chooses the codes of a block's sites together, from those; None: they stay
     seed        of whatever is drawn on the way
     """
@@ -22,6 +23,7 @@ class Chain:
     solver: Solver
     fit: Fit
     transform: Rescaling | None = None
+    is_staged: bool = False
     refine: BlockSolver | None = None
     seed: int = 0
 

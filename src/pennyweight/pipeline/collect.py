@@ -75,30 +75,39 @@ class _Moments:
 
 
 def collect(
-    model: StreamedModel, block: nn.Module, index: int, streams: Streams, *, has_magnitudes: bool = False
+    model: StreamedModel,
+    block: nn.Module,
+    sites: Sequence[Site],
+    streams: Streams,
+    *,
+    reference: nn.Module | None = None,
+    hands_on: bool = True,
+    has_magnitudes: bool = False,
 ) -> dict[str, SiteStatistics]:
-    """Statistics of every site of the opened block `index`, which has its original weights still.
+    """Statistics of `sites` of their opened block.
 
     Sites called with the same input (same memory, shape and strides) share one Hessian, mean of w x xᵀ with the weights
-    that `streams` has for its tokens. Batches run in parallel; sums
-    are made in the order of the batches. The original stream, where there is one, is handed on to the next block.
+    that `streams` has for its tokens. Batches run in parallel; sums are made in the order of the batches. The original
+    stream, where there is one, goes through `reference`, a copy of the block with its original weights (None: the block
+    has them still), and with `hands_on` to the next block.
     """
-    sites = model.sites_of(index)
+    index = sites[0].block
     experts = {site.name for site in sites if site.kind == "expert"}
-    observer = Observer(model, block, index)
+    original, are_equal = streams.original, streams.are_equal and reference is None
+    hands_on = hands_on and original is not None
+    observer = Observer(model, block, index, sites, needs_outputs=hands_on and are_equal)
+    other = Observer(model, reference or block, index, sites, needs_outputs=hands_on)
     moments = _Moments()
-    original, are_equal = streams.original, streams.are_equal
     handed_on: list[Tensor] = []
     for batches in rounds(streams.quantized):
         found, outputs = observer.run(streams.quantized, batches)
         theirs: list[Inputs] = []
         if original is not None and not are_equal:
-            theirs, outputs = observer.run(original, batches)
-        if original is not None:
-            handed_on.extend(outputs)
+            theirs, outputs = other.run(original, batches)
+        handed_on.extend(outputs if hands_on else [])
         weights = _Weights(streams.sensitive, batches)
         _accumulate_(moments, found, theirs, experts, weights, has_magnitudes=has_magnitudes)
-    if original is not None:
+    if original is not None and hands_on:
         original.hidden = handed_on
     statistics = _statistics(sites, moments)
     if original is not None:
@@ -186,8 +195,8 @@ def _statistics(sites: Sequence[Site], sums: _Moments) -> dict[str, SiteStatisti
         leader = leaders.get(site.name)
         moment = moments.get(leader) if leader is not None else None
         if site.kind == "expert":
-            key = f"expert {leader or _pool(site)}"
-            found[site.name] = _expert(site, moment, pooled.get(_pool(site)), shared, key)
+            key = f"expert {leader or pool_of(site)}"
+            found[site.name] = _expert(site, moment, pooled.get(pool_of(site)), shared, key)
         elif moment is None or leader is None or not moment.rows:
             found[site.name] = SiteStatistics(Statistics(), 0, ("saw no calibration data: rounded to nearest",))
         else:
@@ -211,7 +220,7 @@ def _with_cross(statistics: Mapping[str, SiteStatistics], *, note: str | None) -
     return found
 
 
-def _pool(site: Site) -> str:
+def pool_of(site: Site) -> str:
     """The same for all experts of a layer's projection: their names without the expert's number."""
     return re.sub(r"experts\.\d+", "experts.*", site.name) if site.index is None else site.tensor
 
@@ -223,12 +232,12 @@ def _pooled(
     counted: set[str] = set()
     for site in sites:
         leader = leaders.get(site.name)
-        if site.kind != "expert" or leader is None or leader not in moments or f"{_pool(site)} {leader}" in counted:
+        if site.kind != "expert" or leader is None or leader not in moments or f"{pool_of(site)} {leader}" in counted:
             continue
-        counted.add(f"{_pool(site)} {leader}")
+        counted.add(f"{pool_of(site)} {leader}")
         moment = moments[leader]
-        pool = pools.setdefault(_pool(site), SecondMoment.zero(site.shape[1], moment.total.device))
-        pools[_pool(site)] = pool.merge_(moment)
+        pool = pools.setdefault(pool_of(site), SecondMoment.zero(site.shape[1], moment.total.device))
+        pools[pool_of(site)] = pool.merge_(moment)
     return {name: pool.hessian_() for name, pool in pools.items()}
 
 

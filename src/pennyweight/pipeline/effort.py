@@ -14,6 +14,7 @@ class Steps:
 
     transform   of each block before it is solved
     solver      of single sites
+    staged      whether each site is calibrated behind the quantized ones before it in its block
     refine      of whole blocks
     recover     whether scales and norms are trained end to end at last
     """
@@ -22,14 +23,15 @@ class Steps:
     refine: str = "none"
     recover: bool = False
     transform: str = "none"
+    staged: bool = False
 
 
 # Without data nothing can be seen of the model but its weights, whatever the effort.
 _WITHOUT_DATA = Steps("nearest")
 _STEPS: dict[Effort, Steps] = {
     "fast": Steps("gptq"),
-    "normal": Steps("qronos"),
-    "best": Steps("qronos", refine="signed-gradient", recover=True),
+    "normal": Steps("qronos", staged=True),
+    "best": Steps("qronos", staged=True, refine="sigmoid", recover=True),
 }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from pennyweight.models.base import Site
 from pennyweight.models.intercept import Seen, Watched
 from pennyweight.models.streamed import Stream, StreamedModel
 
@@ -22,9 +23,13 @@ class Inputs:
     inputs   leader -> its inputs [..., in], and the versions that these tensors had when it was called
     copied   whether `inputs` are copies, for a block that changes its tensors in place
     held     what was copied: no other input can take its memory, and so its key, while the batch runs
+    awaited  sites that have not been called, where the pass is of no use once all have; None where its output is needed
+    returned_to   whether a site was called after that
     """
 
     copied: bool
+    awaited: set[str] | None = None
+    returned_to: bool = False
     leaders: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
@@ -52,41 +57,54 @@ def rounds(stream: Stream) -> list[list[int]]:
 
 
 class Observer:
-    """Runs an opened block on batches of a stream and gives what its sites saw, and the block's outputs."""
+    """Runs block `index`, or a copy of it, on batches of a stream and gives what `sites` of it saw, and its outputs.
 
-    def __init__(self, model: StreamedModel, block: nn.Module, index: int) -> None:
+    Where no outputs are needed, nothing is computed from the call of the last of these sites on.
+    """
+
+    def __init__(
+        self, model: StreamedModel, block: nn.Module, index: int, sites: Sequence[Site], *, needs_outputs: bool = True
+    ) -> None:
         self._model = model
         self._block = block
         self._index = index
-        self._watched: Watched = model.watched(model.sites_of(index))
+        self._watched: Watched = model.watched(model.sites_of(index), block)
+        self._wanted = {site.name for site in sites}
+        self._awaits = not needs_outputs
         # Learnt from the first batch that shows it.
         self._copies = False
 
     def run(self, stream: Stream, batches: Sequence[int]) -> tuple[list[Inputs], list[Tensor]]:
         """Inputs and outputs of `batches`, which run in parallel; both in their order."""
         found, outputs = self._once(stream, batches)
+        if any(batch.returned_to for batch in found):
+            self._awaits = False
+            found, outputs = self._once(stream, batches)
         if any(batch.is_overwritten for batch in found):
             self._copies = True
             found, outputs = self._once(stream, batches)
         return found, outputs
 
     def _once(self, stream: Stream, batches: Sequence[int]) -> tuple[list[Inputs], list[Tensor]]:
-        found = {batch: Inputs(self._copies) for batch in batches}
+        found = {batch: Inputs(self._copies, {*self._wanted} if self._awaits else None) for batch in batches}
         outputs = self._model.run_block(
             self._block,
             self._index,
             stream,
-            seen=lambda batch: _noting(found[batch]),
+            seen=lambda batch: _noting(found[batch], self._wanted),
             watched=self._watched,
             batches=batches,
         )
         return [found[batch] for batch in batches], outputs
 
 
-def _noting(found: Inputs) -> Seen:
+def _noting(found: Inputs, wanted: Collection[str]) -> Seen:
     leader_of: dict[tuple[object, ...], str] = {}
 
-    def seen(names: list[str], x: Tensor) -> None:
+    def seen(called: list[str], x: Tensor) -> bool:
+        names = [name for name in called if name in wanted]
+        if not names:
+            return found.awaited is not None and not found.awaited
         key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
         leader = leader_of.setdefault(key, names[0])
         if leader == names[0]:
@@ -96,5 +114,10 @@ def _noting(found: Inputs) -> Seen:
             found.inputs.setdefault(leader, []).append((kept, kept._version))
         for name in names:
             found.leaders.setdefault(name, leader)
+        if found.awaited is None:
+            return False
+        found.returned_to |= not found.awaited
+        found.awaited.difference_update(names)
+        return not found.awaited
 
     return seen

@@ -19,10 +19,11 @@ NONE = "none"
 @dataclass(frozen=True)
 class Options:
     """scheme        short name, see `parse_scheme`
-    effort        what the run may cost: decides whatever of the next four is None
+    effort        what the run may cost: decides whatever of the next five is None
     rotate        whether the residual stream is rotated first, which changes nothing but how well it rounds
     transform     name of a transform of each block before it is solved, or "none"
     solver        name of a solver
+    staged        whether each site is calibrated behind the quantized ones before it in its block
     refine        name of a solver of whole blocks that goes on from there, or "none"
     recover       whether scales and norms are trained end to end at last
     loss_aware    whether tokens weigh more in calibration where the model's loss depends more on a site's output
@@ -41,6 +42,7 @@ class Options:
     rotate: bool = False
     transform: str | None = None
     solver: str | None = None
+    staged: bool | None = None
     refine: str | None = None
     recover: bool | None = None
     loss_aware: bool = False
@@ -89,6 +91,7 @@ class Options:
             solver=steps.solver,
             refine=steps.refine if self.refine is None else self.refine,
             recover=steps.recover if self.recover is None else self.recover,
+            staged=steps.staged if self.staged is None else self.staged,
             transform=steps.transform if self.transform is None else self.transform,
         )
 
@@ -100,6 +103,7 @@ class Options:
             solver=_with(find("solvers", steps.solver), "fit", self.fit),
             fit=self.fit,
             transform=None if steps.transform == NONE else find("transforms", steps.transform),
+            is_staged=steps.staged,
             refine=None if steps.refine == NONE else find("solvers.learned", steps.refine),
             seed=self.seed,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from pennyweight.containers.base import Container, ModelFacts
 from pennyweight.containers.weight_files import WeightFiles
 from pennyweight.core.errors import ContainerError, ModelError, UsageError
-from pennyweight.core.files import sha256
+from pennyweight.core.hashing import Hashes
 from pennyweight.core.registry import provided
 from pennyweight.models import text
 from pennyweight.models.base import TensorInfo
@@ -64,15 +63,18 @@ def container_for(runtime: str) -> Container:
     return known[runtime]
 
 
-def prepare(model: str, options: Options, container: Container | None) -> Job:
-    """Open the model, plan, read the calibration text; raises the PennyweightError that fits what is wrong."""
+def prepare(model: str, options: Options, container: Container | None, hashes: Hashes | None = None) -> Job:
+    """Open the model, plan, read the calibration text; raises the PennyweightError that fits what is wrong.
+
+    `hashes` may have been begun before; they are closed.
+    """
     options.check()
     container = container or container_for(options.runtime)
-    path = resolve(model, trust_remote_code=options.trust_remote_code)
-    # Hashing reads the whole model once; it runs while transformers is imported and text is tokenized.
-    background = ThreadPoolExecutor(1)
+    hashes = Hashes() if hashes is None else hashes
     try:
-        hashes = {str(f.relative_to(path)): background.submit(sha256, f) for f in _input_files(path)}
+        path = resolve(model, trust_remote_code=options.trust_remote_code)
+        # Hashing reads the whole model once; it runs while transformers is imported and text is tokenized.
+        hashes.begin(_input_files(path))
         streamed = StreamedModel(path, trust_remote_code=options.trust_remote_code, device=options.device)
         if options.loss_aware and not streamed.is_decoder:
             raise ModelError(
@@ -84,9 +86,10 @@ def prepare(model: str, options: Options, container: Container | None) -> Job:
         facts = _facts(streamed)
         plan = _plan(streamed, facts, options, container)
         windows = calibration_windows(streamed, options, samples=options.samples)
-        recipe = _recipe(options, container, windows, hashes)
+        inputs = {str(file.relative_to(path)): hashes.of(file) for file in _input_files(path)}
+        recipe = _recipe(options, container, windows, inputs)
     finally:
-        background.shutdown(wait=False, cancel_futures=True)
+        hashes.close()
     entries = weight_entries(container, plan, streamed.sites, streamed.checkpoint)
     local = Path(model).expanduser()
     name = local.resolve().name if local.exists() else model
@@ -153,9 +156,7 @@ def calibration_windows(model: StreamedModel, options: Options, *, samples: int)
     return windows
 
 
-def _recipe(
-    options: Options, container: Container, windows: Tensor | None, hashes: Mapping[str, Future[str]]
-) -> Recipe:
+def _recipe(options: Options, container: Container, windows: Tensor | None, inputs: Mapping[str, str]) -> Recipe:
     calibration = None
     if windows is not None:
         source = options.calibration_source
@@ -170,6 +171,7 @@ def _recipe(
         rotate=options.rotate,
         transform=steps.transform,
         solver=steps.solver,
+        staged=steps.staged,
         refine=steps.refine,
         recover=steps.recover,
         loss_aware=options.loss_aware,
@@ -179,5 +181,5 @@ def _recipe(
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         calibration=calibration,
-        inputs={name: future.result() for name, future in hashes.items()},
+        inputs=inputs,
     )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pennyweight.core.files import sha256, write_text
+from pennyweight.core.files import write_text
+from pennyweight.core.hashing import sha256
 from pennyweight.core.version import versions
 from pennyweight.kernels.native import kernel_table
 from pennyweight.pipeline.card import model_card

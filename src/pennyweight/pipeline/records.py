@@ -28,6 +28,7 @@ class Recipe:
     rotate: bool
     transform: str
     solver: str
+    staged: bool
     refine: str
     recover: bool
     loss_aware: bool

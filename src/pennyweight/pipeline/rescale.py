@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -18,14 +18,12 @@ from pennyweight.transforms.rescale import Observed, Rescaled, rescale_block_
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a block is after its folds were rescaled.
+    """What else changed where the folds of a block were rescaled.
 
-    statistics   of its sites' new inputs
     kept         checkpoint name -> new value, in its stored type, of parameters that are no sites
     folds        one line for each fold that was rescaled, for the record
     """
 
-    statistics: dict[str, SiteStatistics]
     kept: Mapping[str, Tensor]
     folds: tuple[str, ...]
 
@@ -39,23 +37,21 @@ class BlockRescaler:
         self._schemes = schemes
         self._finder = FoldFinder(model)
 
-    def rewrite_(
-        self, block: nn.Module, index: int, sites: Sequence[Site], found: Mapping[str, SiteStatistics]
-    ) -> Rewritten:
-        """Rescale the folds of the opened block `index`; `sites` are those that will be quantized."""
+    def rewrite_(self, block: nn.Module, sites: Sequence[Site], found: Mapping[str, SiteStatistics]) -> Rewritten:
+        """Rescale the folds of the opened block of `sites`, which are those that will be quantized."""
+        index = sites[0].block
         names = [site.name for site in sites]
         folds = [fold for fold in self._finder.find(block, index) if can_be_written(self._model, index, fold, names)]
         stored = kept_types(self._model, index, names)
         matrices = {name: self._observed(name, index, found[name]) for name in names}
-        done, after = rescale_block_(block, folds, self._rescaling, matrices=matrices, stored=stored)
-        statistics = {name: replace(found[name], stats=after[name].stats) for name in names}
+        done, _ = rescale_block_(block, folds, self._rescaling, matrices=matrices, stored=stored)
         prefix = f"{self._model.blocks[index]}."
         changed = sorted({name for one in done for name in one.changed})
         kept = {
             self._model.weights.sources[prefix + name].keys[0]: block.get_parameter(name).detach().to(stored[name])
             for name in changed
         }
-        return Rewritten(statistics, kept, tuple(_line(one) for one in done))
+        return Rewritten(kept, tuple(_line(one) for one in done))
 
     def _observed(self, name: str, index: int, found: SiteStatistics) -> Observed:
         place = self._model.places[name]

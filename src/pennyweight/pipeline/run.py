@@ -16,6 +16,7 @@ from pennyweight.containers.base import Container
 from pennyweight.containers.weight_files import OpenWeightFiles
 from pennyweight.core.errors import ContainerError, SpaceError, UsageError, WeightError
 from pennyweight.core.files import allocated_bytes, check_space, sync_directory, sync_files, to_json, write_text
+from pennyweight.core.hashing import Hashes
 from pennyweight.core.memory import peak_memory_bytes
 from pennyweight.core.parallel import allowed_threads, one_thread_per_operation
 from pennyweight.core.version import versions
@@ -72,6 +73,7 @@ def quantize(
     finish: Finish | None = None,
     verify: Verify | None = None,
     tell: Tell = lambda done: None,
+    hashes: Hashes | None = None,
 ) -> RunReport:
     """Quantize the model directory or Hub id `model` into the new directory `out`.
 
@@ -82,7 +84,7 @@ def quantize(
     """
     started = time.perf_counter()
     target = _check_target(out)
-    job = prepare(model, options, container)
+    job = prepare(model, options, container, hashes)
     if finish is not None:
         job = replace(job, recipe=replace(job.recipe, finish=finish.name))
     directory = work_directory(target, job.recipe, {**versions(), **arithmetic(job)})

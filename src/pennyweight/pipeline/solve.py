@@ -43,11 +43,11 @@ def check_finite(w: Tensor, name: str) -> None:
 
 
 def solve_site(site: Site, w: Tensor, scheme: Scheme, chain: Chain, found: SiteStatistics) -> SolvedSite:
-    """The codes of `site` and its record; `w` float32 [out, in] (or rows of it), finite. Errors name the site."""
+    """The codes of `site` and its record; `w` float [out, in] (or rows of it), finite. Errors name the site."""
     is_blind = "hessian" in chain.solver.needs and found.stats.hessian is None
     solver: Solver = Nearest(chain.fit) if is_blind else chain.solver
     try:
-        solution = solver.solve(w, scheme, found.stats)
+        solution = solver.solve(w if isinstance(solver, Nearest) else w.float(), scheme, found.stats)
     except PennyweightError as failure:
         raise type(failure)(f"{site.name}: {failure}") from failure
     error, nearest = _errors(w, solution.weight, found.stats, every=_every(site))
@@ -88,23 +88,25 @@ def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int
     if w.numel() == 0:
         return 0.0, 0.0
     rows = torch.arange(0, w.shape[0], every, device=w.device)
-    sample = w[rows]
+    sample = w[rows].float()
     result = weight.rows(rows)
     nearest = round_to_nearest(sample, result.scheme, result.parameters)
-    total = _energy(sample, stats.hessian)
-    if total == 0:
-        return 0.0, 0.0
-    return tuple(_energy(sample - q.dequantize(), stats.hessian) / total for q in (result, nearest))  # type: ignore[return-value]
+    total, error, plain = _energies(
+        torch.stack([sample, sample - result.dequantize(), sample - nearest.dequantize()]), stats.hessian
+    )
+    return (error / total, plain / total) if total else (0.0, 0.0)
 
 
-def _energy(e: Tensor, hessian: Tensor | None) -> float:
-    """tr(E H Eᵀ), or |E|² without a Hessian; summed in float64 in a fixed order."""
+def _energies(e: Tensor, hessian: Tensor | None) -> list[float]:
+    """tr(E H Eᵀ) of each E in `e` [n, rows, in], or |E|² without a Hessian; summed in float64 in a fixed order."""
     if hessian is None:
-        [plain] = parallel_map(lambda x: float(x.double().square().sum()), [e])
-        return plain
-    whole = e.contiguous()
+        return parallel_map(lambda x: float(x.double().square().sum()), list(e))
 
-    def part(columns: slice) -> float:
-        return float((matmul_nt(whole, hessian[columns]) * whole[:, columns]).double().sum())
+    def part(columns: slice) -> Tensor:
+        products = matmul_nt(e.flatten(0, 1), hessian[columns]).view(e.shape[0], e.shape[1], -1)
+        return products.mul_(e[:, :, columns]).double().sum((1, 2))
 
-    return sum(parallel_map(part, chunks(hessian.shape[0], _PRODUCT)))
+    energies: list[float] = sum(
+        parallel_map(part, chunks(hessian.shape[0], _PRODUCT)), e.new_zeros((), dtype=torch.float64)
+    ).tolist()
+    return energies

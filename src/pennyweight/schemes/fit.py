@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pennyweight.core.errors import ShapeError
 from pennyweight.core.parallel import chunks, one_thread_per_operation, parallel_map
+from pennyweight.kernels.native import has_kernels
 from pennyweight.schemes.parameters import Parameters, spread
 from pennyweight.schemes.quantized import grouped
 from pennyweight.schemes.rounding import Stored, parents_of, stored_scales, stored_shifts
@@ -20,6 +21,8 @@ Fit = Literal["minmax", "search"]
 
 # Weights per chunk: they stay in a core's second-level cache.
 _CHUNK = 1 << 18
+# The same where they are looked at once only.
+_PASS = 1 << 21
 
 
 def fit_scales(w: Tensor, scheme: Scheme, *, importance: Tensor | None = None, fit: Fit = "search") -> Parameters:
@@ -38,7 +41,9 @@ def fit_scales(w: Tensor, scheme: Scheme, *, importance: Tensor | None = None, f
     shape = scheme.scale_shape(tuple(w.shape))
     if 0 in w.shape:
         return _of_nothing(shape, scheme, w.device)
-    view = grouped(w.float(), scheme)
+    # The ends of a range are the same in the type in which the weights are stored.
+    is_read_once = fit == "minmax" and scheme.is_plain and has_kernels(w, scheme.element)
+    view = grouped(w if is_read_once else w.float(), scheme)
     weights = None if importance is None else _per_weight(importance, scheme, tuple(w.shape))
     scales, shifts = stored_scales(scheme), stored_shifts(scheme)
     found = None
@@ -54,7 +59,7 @@ def _fit(
     view: Tensor, scheme: Scheme, weights: Tensor | None, fit: Fit, scales: Stored, shifts: Stored | None
 ) -> Candidate:
     """The best of each group of `view` [rows, groups, size], a chunk of rows at a time."""
-    per_chunk = max(1, _CHUNK // max(1, view.shape[1] * view.shape[2]))
+    per_chunk = max(1, (_CHUNK if fit == "search" else _PASS) // max(1, view.shape[1] * view.shape[2]))
 
     def one(part: slice) -> Candidate:
         shift = None if shifts is None else shifts.rows(part)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pennyweight.formats import NumberFormat
 from pennyweight.formats.integer import Int
 from pennyweight.formats.minifloat import Minifloat
-from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native, table_of
+from pennyweight.kernels.native import STORED, as_stored, has_kernels, kernel_table, native, table_of
 from pennyweight.schemes.rounding import Stored, spread_of, stored_scales
 from pennyweight.schemes.scheme import Scheme
 
@@ -53,7 +53,7 @@ class Candidate:
 class Groups:
     """Groups of weights and how their parameters are stored.
 
-    w        float32 [rows, groups, size], contiguous
+    w        float32 [rows, groups, size], contiguous; of any float type where only ranges are asked for
     weights  importance that broadcasts over `w`, or None for ones
     shifts   of offsets and of zero points that are floats
     """
@@ -122,7 +122,7 @@ def _range(groups: Groups) -> tuple[Tensor, Tensor]:
     if library is None:
         return w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     low, high = torch.empty(2, w.shape[0] * w.shape[1])
-    library.range_groups(w.reshape(-1, w.shape[2]), low, high, kernel_table())
+    library.range_groups(as_stored(w).reshape(-1, w.shape[2]), low, high, kernel_table())
     shape = (w.shape[0], w.shape[1], 1)
     return low.reshape(shape), high.reshape(shape)
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import NotPositiveDefiniteError
-from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.core.parallel import chunks
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.solvers.base import Statistics
 from pennyweight.solvers.factorize import cholesky_
+from pennyweight.solvers.ordering import permuted
 
-# Rows of the Hessian that are permuted together by one thread.
-_ROWS = 256
 _ATTEMPTS = 4
 
 
@@ -97,14 +96,3 @@ def _factorize(stats: Statistics, asked: float, block: int) -> Factor:
         notes = () if attempt == 0 else (f"damping raised from {asked:g} to {damping:g}",)
         return Factor.of(lower, order, shift, block=block, notes=notes)
     raise NotPositiveDefiniteError(f"the Hessian could not be factorised with damping up to {damping:g}")
-
-
-def permuted(matrix: Tensor, order: Tensor) -> Tensor:
-    """matrix[order][:, order], with one copy of it in memory."""
-    result = matrix[order]
-
-    def columns(rows: slice) -> None:
-        result[rows] = result[rows][:, order]
-
-    parallel_map(columns, chunks(len(order), _ROWS))
-    return result

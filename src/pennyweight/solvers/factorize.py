@@ -20,27 +20,45 @@ def cholesky_(a: Tensor, *, tile: int = _TILE) -> Tensor:
     """
     parts = chunks(a.shape[0], tile)
     count = len(parts)
-    tiles = {(i, j): a[parts[i], parts[j]].contiguous() for i in range(count) for j in range(i + 1)}
+    tiles = {(i, j): a[parts[i], parts[j]] for i in range(count) for j in range(i + 1)}
+    # Contiguous, as oneDNN wants them; by as many threads as there are.
+    tiles.update(zip(tiles, parallel_map(Tensor.contiguous, tiles.values()), strict=True))
+    inverse: Tensor | None = None
+    if count:
+        [inverse] = parallel_map(lambda k: _factor_(tiles, k), [0])
     for k in range(count):
-        _factorize_column(tiles, k, count)
-    a.zero_()
-    for (i, j), block in tiles.items():
-        a[parts[i], parts[j]] = block
+        assert inverse is not None
+        inverse = _factorize_column(tiles, k, count, inverse)
+
+    def back(i: int) -> None:
+        for j in range(i + 1):
+            a[parts[i], parts[j]] = tiles[i, j]
+        a[parts[i], parts[i].stop :] = 0
+
+    parallel_map(back, range(count))
     return a
 
 
-def _factorize_column(tiles: dict[tuple[int, int], Tensor], k: int, count: int) -> None:
+def _factorize_column(tiles: dict[tuple[int, int], Tensor], k: int, count: int, inverse: Tensor) -> Tensor | None:
+    """Finish column `k` whose diagonal tile is a factor with this inverse; the inverse of the next factor."""
     below = range(k + 1, count)
-    [(tiles[k, k], inverse)] = parallel_map(_factor_and_inverse, [tiles[k, k]])
 
     def panel(i: int) -> None:
         tiles[i, k] = matmul_nt(tiles[i, k], inverse)
 
-    def trailing(pair: tuple[int, int]) -> None:
+    def trailing(pair: tuple[int, int]) -> Tensor | None:
         tiles[pair] -= matmul_nt(tiles[pair[0], k], tiles[pair[1], k])
+        # The next factor is made while other threads are still busy with this column.
+        return _factor_(tiles, k + 1) if pair == (k + 1, k + 1) else None
 
     parallel_map(panel, below)
-    parallel_map(trailing, [(i, j) for i in below for j in range(k + 1, i + 1)])
+    found = parallel_map(trailing, [(i, j) for i in below for j in range(k + 1, i + 1)])
+    return found[0] if found else None
+
+
+def _factor_(tiles: dict[tuple[int, int], Tensor], k: int) -> Tensor:
+    tiles[k, k], inverse = _factor_and_inverse(tiles[k, k])
+    return inverse
 
 
 def _factor_and_inverse(a: Tensor) -> tuple[Tensor, Tensor]:

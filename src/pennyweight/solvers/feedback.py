@@ -12,6 +12,7 @@ from pennyweight.kernels.feedback import Grid, round_block_
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.schemes import Parameters, QuantizedWeight, Scheme
 from pennyweight.solvers.factor import Factor
+from pennyweight.solvers.ordering import columns_first, rows_first
 
 # Rows solved together by one thread.
 _ROWS = 1024
@@ -47,20 +48,22 @@ def _chosen(wins: Tensor, these: Parameters, those: Parameters) -> Parameters:
     return Parameters(*(chosen(field.name) for field in fields(Parameters)))  # type: ignore[arg-type]
 
 
-def with_feedback(targets: Tensor, scheme: Scheme, parameters: Parameters, factor: Factor) -> Rounded:
-    """Round `targets` float32 [out, in] on the grid of `parameters`; see Rounding."""
+def with_feedback(
+    targets: Tensor, scheme: Scheme, parameters: Parameters, factor: Factor, *, is_only: bool = False
+) -> Rounded:
+    """Round `targets` float32 [out, in] on the grid of `parameters`; see Rounding. Aims and losses are left out, empty,
+    of what `is_only` and so will not be compared."""
     groups = factor.order // scheme.group_size(targets.shape[1])
 
     def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         grid = grid_of(parameters.rows(part, scheme), scheme, part.stop - part.start)
-        own = targets[part].T[factor.order].contiguous()
+        own = columns_first(targets[part], factor.order)
         values, aims, errors = _round_rows(own, grid, groups, factor)
+        codes = rows_first(scheme.element.encode(values), factor.order)
+        if is_only:
+            return codes, aims.new_empty(codes.shape[0], 0), aims.new_empty(0)
         left = (aims - own).add_(errors).square_().mul_(factor.variances[:, None]).sum(0)
-        codes = torch.empty(values.shape, dtype=torch.uint8, device=own.device)
-        codes[factor.order] = scheme.element.encode(values)
-        stored_aims = torch.empty_like(aims)
-        stored_aims[factor.order] = aims
-        return codes.T, stored_aims.T, left
+        return codes, rows_first(aims, factor.order), left
 
     found = parallel_map(rows, chunks(targets.shape[0], _ROWS))
     codes, aims, loss = (torch.cat(parts).contiguous() for parts in zip(*found, strict=True))

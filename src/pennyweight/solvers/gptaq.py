@@ -15,7 +15,8 @@ from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.schemes import Scheme
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Need, Solution, Solver, Statistics
-from pennyweight.solvers.factor import Factor, permuted
+from pennyweight.solvers.factor import Factor
+from pennyweight.solvers.ordering import permuted
 from pennyweight.solvers.rounding import Rounding, check_statistics
 
 # Rows and columns that one thread computes together.

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.formats import NumberFormat
-from pennyweight.kernels.native import has_kernels, kernel_table, native
+from pennyweight.kernels.native import as_stored, has_kernels, kernel_table, native
 from pennyweight.schemes import Parameters, QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
 from pennyweight.schemes.quantized import grouped
 from pennyweight.solvers.base import Need, Solution, Solver, Statistics
 
 _CHUNK = 1 << 18
+# The same for the native kernel, which reads each weight once.
+_PASS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Nearest:
     needs: frozenset[Need] = frozenset()
 
     def solve(self, w: Tensor, scheme: Scheme, stats: Statistics) -> Solution:
+        """`w` may be of any float type: its weights are taken as they are stored."""
         return Solution(round_to_nearest(w, scheme, fit_scales(w, scheme, importance=stats.importance, fit=self.fit)))
 
 
@@ -43,21 +46,22 @@ def round_to_nearest(w: Tensor, scheme: Scheme, parameters: Parameters) -> Quant
     view = grouped(w, scheme)
     codes = torch.empty(view.shape, dtype=torch.uint8, device=w.device)
     given = parameters.decoded(scheme)
-    encode = _encode_native if has_kernels(w, scheme.element) else _encode
+    is_native = has_kernels(w, scheme.element)
+    encode, weights_at_once = (_encode_native, _PASS) if is_native else (_encode, _CHUNK)
 
     def one(part: slice) -> None:
         scales = given.scales[part, :, None]
         zeros, offsets = (None if x is None else x[part, :, None] for x in (given.zeros, given.offsets))
-        weights = view[part].float() if offsets is None else view[part].float() + offsets
+        weights = view[part] if offsets is None else view[part].float() + offsets
         encode(weights, scales, zeros, scheme.element, codes[part])
 
-    parallel_map(one, chunks(view.shape[0], max(1, _CHUNK // (view.shape[1] * view.shape[2]))))
+    parallel_map(one, chunks(view.shape[0], max(1, weights_at_once // (view.shape[1] * view.shape[2]))))
     return QuantizedWeight.of(codes.reshape(w.shape), parameters, scheme)
 
 
 def _encode(w: Tensor, scales: Tensor, zeros: Tensor | None, element: NumberFormat, codes: Tensor) -> None:
-    """`codes` [rows, groups, size] of `w` for float32 scales and zeros [rows, groups, 1]."""
-    values = w / scales
+    """`codes` [rows, groups, size] of float `w` for float32 scales and zeros [rows, groups, 1]."""
+    values = w.float() / scales
     codes.copy_(element.encode(values if zeros is None else values.add_(zeros)))
 
 
@@ -66,7 +70,7 @@ def _encode_native(w: Tensor, scales: Tensor, zeros: Tensor | None, element: Num
     assert library is not None
     size = w.shape[-1]
     library.encode_groups(
-        w.reshape(-1, size),
+        as_stored(w).reshape(-1, size),
         scales.flatten(),
         None if zeros is None else zeros.flatten(),
         codes.view(-1, size),

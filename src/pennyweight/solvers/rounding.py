@@ -76,11 +76,13 @@ class Rounding:
     def _round(self, targets: Tensor, scheme: Scheme, stats: Statistics, factor: Factor) -> QuantizedWeight:
         assert stats.hessian is not None
         hessian, importance = stats.hessian, stats.importance
+        rounds = self.rounds if self.fit == "search" else 0
 
         def rows(part: slice) -> QuantizedWeight:
             own = targets[part]
-            found = with_feedback(own, scheme, fit_scales(own, scheme, importance=importance, fit=self.fit), factor)
-            for _ in range(self.rounds if self.fit == "search" else 0):
+            grid = fit_scales(own, scheme, importance=importance, fit=self.fit)
+            found = with_feedback(own, scheme, grid, factor, is_only=rounds == 0)
+            for _ in range(rounds):
                 anew = fit_scales(found.aims, scheme, importance=variances)
                 found = found.or_better(with_feedback(own, scheme, anew, factor))
             weight = found.weight

@@ -10,9 +10,12 @@ from torch import Tensor
 from pennyweight.core.errors import ShapeError
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.matmul import matmul_nt
+from pennyweight.kernels.native import kernel_table, multiplies_bfloat16, native
 
 # Columns per tile: tiles above the diagonal are computed, the others mirrored.
 _TILE = 512
+# Columns of a panel of the native kernel.
+_PANEL = 64
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class SecondMoment:
         return SecondMoment(torch.zeros(inputs, inputs, device=device), 0)
 
     def update_(self, x: list[Tensor]) -> SecondMoment:
-        """Add the rows of all tensors in `x`, each [tokens, in], and empty the list.
+        """Add the rows of all tensors in `x`, each [tokens, in] of any float type, and empty the list.
 
         The sum is made in place, the new statistic is returned.
         """
@@ -39,20 +42,11 @@ class SecondMoment:
             if part.ndim != 2 or part.shape[1] != inputs:
                 raise ShapeError(f"inputs of shape {tuple(part.shape)} cannot join a second moment of width {inputs}")
         rows = sum(part.shape[0] for part in x)
-        parts = chunks(inputs, _TILE)
-        transposed = torch.empty(inputs, rows, device=self.total.device)
-
-        def transpose(columns: slice) -> None:
-            torch.cat([part[:, columns].T.float() for part in x], dim=1, out=transposed[columns])
-
-        parallel_map(transpose, parts if rows else [])
-        x.clear()
-
-        def tile(pair: tuple[slice, slice]) -> None:
-            self.total[pair] += matmul_nt(transposed[pair[0]], transposed[pair[1]])
-
         if rows:
-            parallel_map(tile, [(i, j) for n, i in enumerate(parts) for j in parts[n:]])
+            is_narrow = all(part.dtype == torch.bfloat16 and part.device.type == "cpu" for part in x)
+            is_native = is_narrow and inputs % _PANEL == 0 and multiplies_bfloat16()
+            (_add_products_native if is_native else _add_products)(self.total, x)
+        x.clear()
         return SecondMoment(self.total, self.rows + rows)
 
     def merge_(self, other: SecondMoment) -> SecondMoment:
@@ -74,3 +68,42 @@ class SecondMoment:
 
         parallel_map(mirror, range(len(parts)))
         return mean
+
+
+def _tiles(inputs: int, size: int) -> list[tuple[slice, slice]]:
+    """Tiles on and above the diagonal."""
+    parts = chunks(inputs, size)
+    return [(i, j) for n, i in enumerate(parts) for j in parts[n:]]
+
+
+def _add_products(total: Tensor, x: list[Tensor]) -> None:
+    """total += sum of x xᵀ on and above the diagonal of tiles, products and sums in float32; `x` is emptied."""
+    inputs, rows = total.shape[0], sum(part.shape[0] for part in x)
+    transposed = torch.empty(inputs, rows, device=total.device)
+
+    def transpose(columns: slice) -> None:
+        torch.cat([part[:, columns].T.float() for part in x], dim=1, out=transposed[columns])
+
+    parallel_map(transpose, chunks(inputs, _TILE))
+    x.clear()
+
+    def tile(pair: tuple[slice, slice]) -> None:
+        total[pair] += matmul_nt(transposed[pair[0]], transposed[pair[1]])
+
+    parallel_map(tile, _tiles(inputs, _TILE))
+
+
+def _add_products_native(total: Tensor, x: list[Tensor]) -> None:
+    """The same for bfloat16, whose products are exact in float32."""
+    library, table = native(), kernel_table()
+    assert library is not None
+    count = total.shape[0] // _PANEL
+    rows = torch.cat(x).view(torch.uint16)
+    x.clear()
+    panels = torch.empty(count, (rows.shape[0] + 1) // 2, _PANEL, dtype=torch.uint32)
+    parallel_map(lambda panel: library.pair_rows(rows, panel, panels, table), range(count))
+
+    def tile(pair: tuple[slice, slice]) -> None:
+        library.add_products(panels, total, pair[0].start, pair[0].stop, pair[1].start, pair[1].stop, table)
+
+    parallel_map(tile, _tiles(count, _TILE // _PANEL))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -83,8 +83,9 @@ class Student:
         inputs: list[list[Tensor]] = []
         for index in range(len(self.model.blocks)):
             inputs.append(stream.hidden)
-            with self._opened(index) as (block, _):
-                stream.hidden = self.model.run_block(block, index, stream)
+            with self._opened(index) as (block, leaves):
+                run = self._forward(block, index, stream, leaves)
+                stream.hidden = parallel_map(run, range(len(batches)))
         loss, outer, slopes = self._finished(teacher, stream, batches)
         for index in reversed(range(len(self.model.blocks))):
             stream.hidden = inputs.pop()
@@ -121,14 +122,22 @@ class Student:
         with self._opened(index) as (block, leaves):
             for leaf in leaves.values():
                 leaf.value.requires_grad_()
+            run = self._forward(block, index, stream, leaves)
 
             def one(number: int) -> tuple[Tensor, Slopes]:
                 with torch.enable_grad():
-                    out = self.model.differentiable(block, index, stream, number)
+                    out = run(number)
                 return self._gradients(out, stream.hidden[number], leaves, outer[number])
 
             found = parallel_map(one, range(len(outer)))
         return [dx for dx, _ in found], _sum(part for _, part in found)
+
+    def _forward(
+        self, block: nn.Module, index: int, stream: Stream, leaves: Mapping[str, _Leaf]
+    ) -> Callable[[int], Tensor]:
+        """The block's output for a batch; its sites in bfloat16 where calibration computes them so."""
+        weights = [leaf.value for leaf in leaves.values() if leaf.sites]
+        return lambda number: self.model.differentiable(block, index, stream, number, weights=weights)
 
     def _gradients(
         self, out: Tensor, x: Tensor, leaves: Mapping[str, _Leaf], outer: Tensor | None

@@ -50,7 +50,8 @@ class Sigmoid:
     scale_reach: float = 0.1
     strength: float = 112.0
     free: float = 0.2
-    looks: int = 2
+    # Before the last step some codes are still undecided.
+    looks: int = 1
     rule: Rule = "moments"
     name: str = "sigmoid"
 

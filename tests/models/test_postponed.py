@@ -1,0 +1,105 @@
+"""Postponed imports: stand-ins while the block lasts, the real thing from its first use on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pennyweight.models.postponed import postponed
+
+MODULE = "pw_postponed_example"
+SOURCE = """
+class Animal:
+    legs = 4
+def double(x):
+    return 2 * x
+"""
+# What a run imports must not bring in what it never uses; a process of its own, as this one has imported everything.
+LEAN = """
+import sys
+from pathlib import Path
+from pennyweight.models.streamed import StreamedModel
+StreamedModel(Path(sys.argv[1]))
+print(sorted({"torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "sympy"} & set(sys.modules)))
+import torch.distributed.tensor
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+print(issubclass(torch.distributed.tensor.DTensor, torch.Tensor), "colwise" in ALL_PARALLEL_STYLES)
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"{MODULE}.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+
+
+def test_a_use_imports_and_gives_the_real_thing() -> None:
+    with postponed([MODULE]):
+        from pw_postponed_example import Animal, double  # type: ignore[import-not-found]
+    assert MODULE not in sys.modules
+    assert not isinstance(1, Animal)
+    assert MODULE not in sys.modules
+    assert double(4) == 8
+    assert MODULE in sys.modules
+    assert Animal.legs == 4
+    assert isinstance(Animal(), Animal)
+    assert isinstance(sys.modules[MODULE].Animal(), Animal)
+    assert not isinstance(1, Animal)
+    assert issubclass(sys.modules[MODULE].Animal, Animal)
+
+
+def test_a_use_inside_ends_the_postponement() -> None:
+    with postponed([MODULE]):
+        from pw_postponed_example import Animal
+
+        class Dog(Animal):  # type: ignore[misc]
+            pass
+
+        import pw_postponed_example
+
+        assert Dog.__mro__[1] is pw_postponed_example.Animal
+    assert issubclass(Dog, Animal)
+
+
+def test_annotations_need_no_import() -> None:
+    with postponed([MODULE]):
+        from pw_postponed_example import Animal
+
+        def pat(animal: Animal | None, other: None | Animal = None) -> None: ...  # noqa: RUF036
+
+    assert MODULE not in sys.modules
+
+
+def test_what_was_imported_before_stays() -> None:
+    import pw_postponed_example
+
+    with postponed([MODULE]):
+        from pw_postponed_example import Animal
+    assert Animal is pw_postponed_example.Animal
+
+
+def test_decorators_of_the_compiler_wait_for_something_compiled() -> None:
+    code = """
+import sys, torch
+from pennyweight.models.postponed import postponed
+with postponed():
+    @torch.compiler.disable
+    def double(x):
+        "Twice."
+        return 2 * x
+print(double(4), double.__doc__, "torch._dynamo" in sys.modules)
+import torch._dynamo
+print(torch._dynamo.disable(lambda x: 3 * x)(4))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["8", "Twice.", "False", "12"]
+
+
+def test_opening_a_model_imports_no_compiler_and_no_distributed_tensors() -> None:
+    model = Path(sys.modules["pennyweight"].__path__[0]) / "demo_model"
+    done = subprocess.run([sys.executable, "-c", LEAN, model], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "True True"]
