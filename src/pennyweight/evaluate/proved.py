@@ -50,24 +50,11 @@ def quantize(
     been begun. Returns what was done; raises PennyweightError, and then `out` does not exist.
     """
     options = Options(
-        scheme=scheme,
-        effort=effort,
-        rotate=rotate,
-        transform=transform,
-        solver=solver,
-        staged=staged,
-        refine=refine,
-        recover=recover,
-        loss_aware=loss_aware,
-        fit=fit,
-        runtime=runtime,
+        scheme=scheme, runtime=runtime, effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,
+        refine=refine, recover=recover, loss_aware=loss_aware, fit=fit,
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),
-        samples=samples,
-        length=length,
-        seed=seed,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+        samples=samples, length=length, seed=seed, device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
     def prove(directory: Path) -> dict[str, Any]:
         if runtime == "transformers" or verification == "none":
