@@ -152,6 +152,7 @@ def test_sites_of_different_schemes_are_learned_together(solver: BlockSolver) ->
 
 @every_solver
 def test_what_a_channel_counts_decides_where_the_error_goes(solver: BlockSolver) -> None:
+    solver = solver.with_steps(60, batches=2)
     problem = toy("int2-g16-f16")
     counts = torch.ones(16)
     counts[:8] = 1e-4

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.collect import SiteStatistics, collect
+from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
 from tests.models.families import BLOCKS, FAMILIES, Family, build, save, token_batches
 
 # Products of float32 by two libraries (oneDNN here, BLAS there) that add up in different orders: a few units in the
@@ -58,7 +58,7 @@ def run_streamed(streamed: StreamedModel, batches: list[Tensor]) -> tuple[dict[s
     found: dict[str, SiteStatistics] = {}
     for index in range(len(streamed.blocks)):
         with streamed.opened(index) as block:
-            found |= collect(streamed, block, index, stream)
+            found |= collect(streamed, block, streamed.sites_of(index), Streams(stream))
             stream.hidden = streamed.run_block(block, index, stream)
     with streamed.finishing(stream) as finish:
         return found, [finish(batch) for batch in range(len(batches))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -81,10 +81,19 @@ def _one_block(
         for site in sites:
             # Before the block is run: what comes out of NaN would be blamed on other sites.
             check_finite(model.matrix(site), site.tensor)
-        folds = _rewrite_(model, output, block, sites, streams, rescaler) if rescaler is not None and sites else ()
+        folds: tuple[str, ...] = ()
+        ahead: list[Tensor] | None = None
+        if rescaler is not None and sites:
+            # The block before it is rewritten: a run that resumes has no other to bring the original stream here.
+            ahead = _ahead(model, block, index, streams)
+            folds = _rewrite_(model, output, block, sites, streams, rescaler)
         # Later stages and refining look back at what the block was.
         reference = deepcopy(block) if chain.is_staged or chain.refine is not None else None
-        solved = _by_stages(model, output, block, sites, chain=chain, streams=streams, reference=reference)
+        solved = _by_stages(
+            model, output, block, sites, chain=chain, streams=streams, reference=reference, hands_on=ahead is None
+        )
+        if streams.original is not None and ahead is not None:
+            streams.original.hidden = ahead
         if chain.refine is not None and reference is not None:
             solved = _refined(model, output, block, sites, solved, chain=chain, streams=streams, reference=reference)
         give_back_memory()
@@ -92,6 +101,15 @@ def _one_block(
             _advance(model, block, index, streams.original)
         _advance(model, block, index, streams.quantized)
     return [solved[site.name].record for site in sites], folds
+
+
+def _ahead(model: StreamedModel, block: nn.Module, index: int, streams: Streams) -> list[Tensor] | None:
+    """What the block gives on the original stream."""
+    if streams.original is None:
+        return None
+    copy = replace(streams.original, hidden=list(streams.original.hidden))
+    model.advance(block, index, copy, watched=model.watched(model.sites_of(index)))
+    return copy.hidden
 
 
 def _rewrite_(
@@ -128,14 +146,17 @@ def _by_stages(
     chain: Chain,
     streams: Streams,
     reference: nn.Module | None,
+    hands_on: bool,
 ) -> dict[str, _Solved]:
     """Solve all sites and put them back, stage after stage, each on what those before it give; write them, unless they
-    are to be refined."""
+    are to be refined. With `hands_on` the original stream goes to the next block."""
     stages = stages_of(model, block, sites, streams.quantized) if chain.is_staged and sites else [sites]
     solved: dict[str, _Solved] = {}
     for number, stage in enumerate(stages if sites else []):
-        hands_on = number == len(stages) - 1
-        found = collect(model, block, stage, streams, reference=reference if number else None, hands_on=hands_on)
+        is_last = number == len(stages) - 1
+        found = collect(
+            model, block, stage, streams, reference=reference if number else None, hands_on=hands_on and is_last
+        )
         give_back_memory()
         for site in stage:
             matrix = model.matrix(site).contiguous()
