@@ -75,7 +75,7 @@ class Bench:
     def _recipes(self, subject: Subject, setting: Setting, width: str, tokens: Tokens) -> Iterator[Recipe]:
         bits = parse_scheme(width).element.bits
         for recipe in setting.recipes:
-            if recipe.tool in self.absent or bits > recipe.most_bits:
+            if recipe.tool in self.absent or not recipe.least_bits <= bits <= recipe.most_bits:
                 continue
             if recipe.tool == AUTO_ROUND.tool and self.is_quick:
                 scheme = setting.scheme(width, recipe)

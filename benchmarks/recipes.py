@@ -19,7 +19,7 @@ class Recipe:
     name        of the solver or effort; a peer's runner knows it by this name
     needs_data  it is given the calibration text
     options     what our command is given beside the scheme
-    most_bits   widths above are left out
+    most_bits, least_bits  widths above and below are left out
     """
 
     tool: str
@@ -27,6 +27,7 @@ class Recipe:
     needs_data: bool
     options: tuple[str, ...] = ()
     most_bits: int = 8
+    least_bits: int = 2
 
     @property
     def is_ours(self) -> bool:
@@ -50,14 +51,15 @@ RECOVERED = Recipe(OURS, "gptq, recovered", needs_data=True, options=("--solver"
 
 PEER_NEAREST = Recipe("llm-compressor", "nearest", needs_data=False)
 PEER_GPTQ = Recipe("llm-compressor", "gptq", needs_data=True)
-PEER_AWQ = Recipe("llm-compressor", "awq", needs_data=True)
+# Below 4 bits it is no better than rounding to nearest, and takes longer than all of ours.
+PEER_AWQ = Recipe("llm-compressor", "awq", needs_data=True, least_bits=4)
 # It takes longer than all others together, and at 8 bits there is nothing to tune.
 AUTO_ROUND = Recipe("auto-round", "auto-round", needs_data=True, most_bits=4)
 HQQ = Recipe("hqq", "hqq", needs_data=False)
 HQQ_MINMAX = Recipe("hqq", "minmax", needs_data=False)
 
 # Those that are first compared with nearest come after it.
-_CALIBRATED = (NEAREST, GPTQ, FAST, NORMAL, BEST, PEER_NEAREST, PEER_GPTQ, PEER_AWQ, AUTO_ROUND)
+_CALIBRATED = (NEAREST, FAST, NORMAL, BEST, PEER_NEAREST, PEER_GPTQ, PEER_AWQ, AUTO_ROUND)
 
 
 @dataclass(frozen=True)

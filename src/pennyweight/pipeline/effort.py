@@ -1,4 +1,4 @@
-"""How much time a run may take, and which solvers that buys; `docs/recovery.md` has measurements of `best`."""
+"""How much time a run may take, and which solvers that buys: `docs/effort.md` has the measurements behind the table."""
 
 from __future__ import annotations
 
