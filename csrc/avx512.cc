@@ -5,7 +5,7 @@
 
 namespace pennyweight {
 
-const Kernels kAvx512Kernels = {"avx512", range_groups, encode_groups, pack_nibbles, search_groups, round_block,
-                              nullptr,  nullptr};
+const Kernels kAvx512Kernels = {"avx512",      range_groups, encode_groups, pack_nibbles,
+                                search_groups, round_block,  nullptr,       nullptr};
 
 }  // namespace pennyweight

@@ -59,7 +59,7 @@ struct SearchGroups {
 
 // Groups of weights that are rounded to the nearest value of their grid.
 struct EncodeGroups {
-  const void* w;        // [groups, size], float32 or bfloat16
+  const void* w;  // [groups, size], float32 or bfloat16
   bool is_bfloat16;
   const float* scales;  // [groups]; never zero
   const float* zeros;   // [groups], or null

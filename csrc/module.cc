@@ -252,8 +252,9 @@ NB_MODULE(_native, module) {
       },
       "Names of the kernel tables that this processor can run, best first.");
 
-  module.def("range_groups", &range_groups, nb::arg("w"), nb::arg("low"), nb::arg("high"), nb::arg("kernels"),
-             "Smallest and largest of groups [groups, size], float32 or bfloat16 as uint16; `low` and `high` are written.");
+  module.def(
+      "range_groups", &range_groups, nb::arg("w"), nb::arg("low"), nb::arg("high"), nb::arg("kernels"),
+      "Smallest and largest of groups [groups, size], float32 or bfloat16 as uint16; `low` and `high` are written.");
 
   module.def("encode_groups", &encode_groups, nb::arg("w"), nb::arg("scales"), nb::arg("zeros").none(),
              nb::arg("codes"), nb::arg("smallest"), nb::arg("largest"), nb::arg("kernels"),
