@@ -56,7 +56,7 @@ def _rows(directory: Path) -> list[dict[str, Any]]:
         target = directory / f"{scheme}-{how}"
         say(f"{scheme}, {how}: quantizing, verifying, evaluating")
         asked: dict[str, Any] = {"solver": how} if how == "nearest" else {"effort": how}
-        report = quantize(model, target, scheme=scheme, samples=64, device="cpu", **asked)
+        report = quantize(model, target, scheme=scheme, samples=32, device="cpu", **asked)
         found = evaluate(str(target), against=str(model), source=str(model / "held-out.txt"))
         rows.append(
             {
