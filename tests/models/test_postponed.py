@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import pennyweight
 from pennyweight.models.postponed import postponed
 
 MODULE = "pw_postponed_example"
@@ -100,6 +101,6 @@ print(torch._dynamo.disable(lambda x: 3 * x)(4))
 
 
 def test_opening_a_model_imports_no_compiler_and_no_distributed_tensors() -> None:
-    model = Path(sys.modules["pennyweight"].__path__[0]) / "demo_model"
+    model = Path(str(pennyweight.__file__)).parent / "demo_model"
     done = subprocess.run([sys.executable, "-c", LEAN, model], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "True True"]

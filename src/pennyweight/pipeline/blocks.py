@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -51,55 +50,18 @@ def run_blocks(
     records: list[SiteRecord] = []
     is_rescaled = chain.transform is not None and streams is not None
     rescaler = BlockRescaler(model, chain.transform, output.plan.schemes) if is_rescaled else None  # type: ignore[arg-type]
-    with _Keeper(output, journal) as keeper:
-        for index in range(len(model.blocks)):
-            part = f"block {index}"
-            is_done = part in journal.finished
-            if is_done:
-                found = journal.finished[part]
-                if streams is not None:
-                    _replay(model, output, index, streams)
-            else:
-                found, folds = _one_block(model, output, index, chain=chain, streams=streams, rescaler=rescaler)
-                keeper.keep(part, found, folds)
-            records.extend(found)
-            tell(BlockDone(index, len(model.blocks), found, resumed=is_done))
+    for index in range(len(model.blocks)):
+        part = f"block {index}"
+        is_done = part in journal.finished
+        if not is_done:
+            found, folds = _one_block(model, output, index, chain=chain, streams=streams, rescaler=rescaler)
+            output.files.flush()
+            journal.add(part, found, found={"rescaled": folds} if folds else {})
+        elif streams is not None:
+            _replay(model, output, index, streams)
+        records.extend(journal.finished[part])
+        tell(BlockDone(index, len(model.blocks), journal.finished[part], resumed=is_done))
     return records
-
-
-class _Keeper:
-    """Waits for the disk and journals a finished block while the next one is solved, one after the other.
-
-    Left, also by an error, when all that was given is kept.
-    """
-
-    def __init__(self, output: Output, journal: Journal) -> None:
-        self._output = output
-        self._journal = journal
-        self._thread = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
-
-    def keep(self, part: str, found: list[SiteRecord], folds: tuple[str, ...]) -> None:
-        """Raises what went wrong with the part before."""
-        self._settle()
-        self._last = self._thread.submit(self._keep, part, found, folds)
-
-    def _keep(self, part: str, found: list[SiteRecord], folds: tuple[str, ...]) -> None:
-        self._output.files.flush()
-        self._journal.add(part, found, found={"rescaled": folds} if folds else {})
-
-    def _settle(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-    def __enter__(self) -> _Keeper:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(wait=True)
-        if error[0] is None:
-            self._settle()
 
 
 def _one_block(
