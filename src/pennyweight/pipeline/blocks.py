@@ -48,8 +48,9 @@ def run_blocks(
     blocks of an earlier run are read back and only run. Without them no block is run at all.
     """
     records: list[SiteRecord] = []
-    is_rescaled = chain.transform is not None and streams is not None
-    rescaler = BlockRescaler(model, chain.transform, output.plan.schemes) if is_rescaled else None  # type: ignore[arg-type]
+    rescaler = None
+    if chain.transform is not None and streams is not None:
+        rescaler = BlockRescaler(model, chain.transform, output.plan.schemes)
     for index in range(len(model.blocks)):
         part = f"block {index}"
         is_done = part in journal.finished
@@ -74,21 +75,25 @@ def _one_block(
     rescaler: BlockRescaler | None,
 ) -> tuple[list[SiteRecord], tuple[str, ...]]:
     """The records of the sites of block `index`, and which of its folds were rescaled."""
-    sites = [site for site in model.sites_of(index) if site.name in output.plan.schemes]
+    sites = _quantized(model, output, index)
     if streams is None:
         return _without_data(model, output, sites, chain), ()
+    if not sites:
+        _replay(model, output, index, streams)
+        return [], ()
     with model.opened(index) as block:
         for site in sites:
             # Before the block is run: what comes out of NaN would be blamed on other sites.
             check_finite(model.matrix(site), site.tensor)
         folds: tuple[str, ...] = ()
         ahead: list[Tensor] | None = None
-        if rescaler is not None and sites:
+        if rescaler is not None:
             # The block before it is rewritten: a run that resumes has no other to bring the original stream here.
             ahead = _ahead(model, block, index, streams)
             folds = _rewrite_(model, output, block, sites, streams, rescaler)
-        # Later stages and refining look back at what the block was.
-        reference = deepcopy(block) if chain.is_staged or chain.refine is not None else None
+        # Later stages and refining look back at what the block was, for the original stream.
+        looks_back = streams.original is not None and (chain.is_staged or chain.refine is not None)
+        reference = deepcopy(block) if looks_back else None
         solved = _by_stages(
             model, output, block, sites, chain=chain, streams=streams, reference=reference, hands_on=ahead is None
         )
@@ -97,10 +102,13 @@ def _one_block(
         if chain.refine is not None and reference is not None:
             solved = _refined(model, output, block, sites, solved, chain=chain, streams=streams, reference=reference)
         give_back_memory()
-        if not sites and streams.original is not None:
-            _advance(model, block, index, streams.original)
         _advance(model, block, index, streams.quantized)
     return [solved[site.name].record for site in sites], folds
+
+
+def _quantized(model: StreamedModel, output: Output, index: int) -> list[Site]:
+    """The sites of block `index` that the plan does not keep in float."""
+    return [site for site in model.sites_of(index) if site.name in output.plan.schemes]
 
 
 def _ahead(model: StreamedModel, block: nn.Module, index: int, streams: Streams) -> list[Tensor] | None:
@@ -150,9 +158,9 @@ def _by_stages(
 ) -> dict[str, _Solved]:
     """Solve all sites and put them back, stage after stage, each on what those before it give; write them, unless they
     are to be refined. With `hands_on` the original stream goes to the next block."""
-    stages = stages_of(model, block, sites, streams.quantized) if chain.is_staged and sites else [sites]
+    stages = stages_of(model, block, sites, streams.quantized) if chain.is_staged else [sites]
     solved: dict[str, _Solved] = {}
-    for number, stage in enumerate(stages if sites else []):
+    for number, stage in enumerate(stages):
         is_last = number == len(stages) - 1
         found = collect(
             model, block, stage, streams, reference=reference if number else None, hands_on=hands_on and is_last
@@ -273,11 +281,11 @@ def _put_back(model: StreamedModel, site: Site, weight: QuantizedWeight) -> None
 
 
 def _replay(model: StreamedModel, output: Output, index: int, streams: Streams) -> None:
-    """Run a block that an earlier run finished, with the weights that it wrote."""
+    """Run a block that an earlier run finished, or that holds nothing to quantize, with the weights in the output."""
     with model.opened(index) as block:
         if streams.original is not None:
             _advance(model, block, index, streams.original)
-        quantized = [site for site in model.sites_of(index) if site.name in output.plan.schemes]
+        quantized = _quantized(model, output, index)
         for site in quantized:
             _put_back(model, site, output.read(site))
         # A transform changes norms and biases too.

@@ -71,14 +71,15 @@ class Options:
             raise UsageError(
                 f"--solver {self.solver} needs calibration data: drop --calibration none, or use --solver nearest"
             )
-        asked = [
-            *([f"--transform {self.transform}"] if self.steps.transform != NONE else []),
-            *([f"--refine {self.refine}"] if self.steps.refine != NONE else []),
-            *(["--recover"] if self.steps.recover else []),
-            *(["--loss-aware"] if self.loss_aware else []),
-        ]
-        if asked:
-            raise UsageError(f"{asked[0]} needs calibration data: give --calibration FILE or built-in")
+        steps = self.steps
+        for option, is_asked in (
+            (f"--transform {steps.transform}", steps.transform != NONE),
+            (f"--refine {steps.refine}", steps.refine != NONE),
+            ("--recover", steps.recover),
+            ("--loss-aware", self.loss_aware),
+        ):
+            if is_asked:
+                raise UsageError(f"{option} needs calibration data: give --calibration FILE or built-in")
 
     @property
     def steps(self) -> Steps:
@@ -87,13 +88,10 @@ class Options:
         if self.solver is not None:
             # A solver asked for by name is what the user wants to see, and nothing after it.
             steps = Steps(self.solver)
-        return Steps(
-            solver=steps.solver,
-            refine=steps.refine if self.refine is None else self.refine,
-            recover=steps.recover if self.recover is None else self.recover,
-            staged=steps.staged if self.staged is None else self.staged,
-            transform=steps.transform if self.transform is None else self.transform,
-        )
+        asked: dict[str, Any] = {
+            "transform": self.transform, "staged": self.staged, "refine": self.refine, "recover": self.recover
+        }  # fmt: skip
+        return replace(steps, **{name: value for name, value in asked.items() if value is not None})
 
     @property
     def chain(self) -> Chain:

@@ -43,21 +43,20 @@ class BlockRescaler:
         names = [site.name for site in sites]
         folds = [fold for fold in self._finder.find(block, index) if can_be_written(self._model, index, fold, names)]
         stored = kept_types(self._model, index, names)
-        matrices = {name: self._observed(name, index, found[name]) for name in names}
+        matrices = {site.name: self._observed(site, found[site.name]) for site in sites}
         done, _ = rescale_block_(block, folds, self._rescaling, matrices=matrices, stored=stored)
-        prefix = f"{self._model.blocks[index]}."
+        tensors = kept_names(self._model, index, names)
         changed = sorted({name for one in done for name in one.changed})
         kept = {
-            self._model.weights.sources[prefix + name].keys[0]: block.get_parameter(name).detach().to(stored[name])
+            tensors[f"{self._model.blocks[index]}.{name}"]: block.get_parameter(name).detach().to(stored[name])
             for name in changed
         }
         return Rewritten(kept, tuple(_line(one) for one in done))
 
-    def _observed(self, name: str, index: int, found: SiteStatistics) -> Observed:
-        place = self._model.places[name]
-        parameter = place.parameter.removeprefix(f"{self._model.blocks[index]}.")
-        matrix = place.view(self._model.module.get_parameter(place.parameter).data)
-        return Observed(parameter, matrix, self._schemes[name], found.stats, found.magnitude)
+    def _observed(self, site: Site, found: SiteStatistics) -> Observed:
+        parameter = self._model.places[site.name].parameter.removeprefix(f"{self._model.blocks[site.block]}.")
+        matrix = self._model.matrix(site)
+        return Observed(parameter, matrix, self._schemes[site.name], found.stats, found.magnitude)
 
 
 def kept_names(model: StreamedModel, index: int, quantized: Sequence[str]) -> dict[str, str]:
