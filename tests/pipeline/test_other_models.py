@@ -114,6 +114,6 @@ def test_matrices_of_one_tensor_are_quantized_together_or_not_at_all() -> None:
             return {site.name: TensorInfo(torch.float32, site.shape)}
 
     both = Plan({site.name: scheme for site in sites})
-    assert list(weight_entries(Slices(), both, sites, source)) == ["experts.0", "experts.1", "norm"]
+    assert list(weight_entries(Slices(), both, sites, source)) == ["norm", "experts.0", "experts.1"]
     with pytest.raises(ContainerError, match="1 of the 2 matrices in it would be quantized and the others lost"):
         weight_entries(Slices(), Plan({"experts.0": scheme}), sites, source)

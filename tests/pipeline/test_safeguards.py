@@ -14,6 +14,7 @@ from pennyweight.evaluate.proved import quantize
 from pennyweight.kernels.native import kernel_table
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline import blocks
+from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone
 from tests.pipeline import tiny
 
@@ -45,16 +46,23 @@ def test_other_kernels_do_not_continue_a_run(model: Path, tmp_path: Path, monkey
     assert report.resumed_blocks == (1 if native_name == "torch" else 0)
 
 
-def test_many_sites_without_data_are_solved_in_rounds(
+def test_sites_without_data_are_solved_in_parts_and_written_as_they_are_done(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = replace(tiny.OPTIONS, solver="nearest", calibration="none")
     tiny.run(model, tmp_path / "at-once", options)
-    monkeypatch.setattr(blocks, "_ROUND", 1500)
     monkeypatch.setattr(blocks, "_PART", 700)
-    tiny.run(model, tmp_path / "in-rounds", options)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("at-once", "in-rounds")]
+    happened: list[str] = []
+    solve, write = blocks.solve_site, Output.write
+    monkeypatch.setattr(blocks, "solve_site", lambda *a: happened.append("solved") or solve(*a))
+    monkeypatch.setattr(Output, "write", lambda *a: happened.append("written") or write(*a))
+    tiny.run(model, tmp_path / "in-parts", options)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("at-once", "in-parts")]
     assert weights[0] == weights[1]
+    assert happened.count("written") == 3 * 7
+    assert happened.count("solved") > 2 * happened.count("written")
+    first_block = happened[: happened.index("written") + 10]
+    assert "solved" in first_block[first_block.index("written") :]
 
 
 def test_looking_up_tokens_reads_their_rows_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

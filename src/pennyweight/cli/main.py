@@ -26,6 +26,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# Seconds after which a thread that runs Python lets another one go on. Threads that hash or solve ask for that after
+# each piece of work, and while modules are being imported would wait five milliseconds every time.
+_SWITCH_SECONDS = 0.0005
+
 
 def _explained(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, whose foreseen errors end as one line on standard error and an exit code."""
@@ -98,6 +102,7 @@ def _quiet() -> None:
 def main() -> None:
     """Run a command."""
     _quiet()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     app()
 
 

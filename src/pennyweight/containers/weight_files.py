@@ -12,12 +12,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pennyweight.core.errors import ContainerError, ShapeError
+from pennyweight.core.hashing import GrowingHash
 from pennyweight.models.base import TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -75,13 +77,14 @@ class WeightFiles:
 
     def create(self, directory: Path) -> OpenWeightFiles:
         """Files of full size with their headers and nothing else (sparse where the file system can)."""
-        for file, header in self.headers.items():
+        for file in self.headers:
             with (directory / file).open("xb") as stream:
-                stream.write(header)
                 stream.truncate(self.sizes[file])
         if self.index is not None:
             (directory / INDEX_NAME).write_bytes(self.index)
-        return self._opened(directory)
+        opened = self._opened(directory)
+        opened.write_headers()
+        return opened
 
     def reopen(self, directory: Path) -> OpenWeightFiles:
         """Files that `create` made earlier; raises ContainerError if they are not the ones planned here."""
@@ -100,15 +103,49 @@ class WeightFiles:
         return self._opened(directory)
 
     def _opened(self, directory: Path) -> OpenWeightFiles:
-        return OpenWeightFiles(self, {file: os.open(directory / file, os.O_RDWR) for file in self.sizes})
+        return OpenWeightFiles(self, {file: _OpenFile(directory / file) for file in self.sizes})
+
+
+class _OpenFile:
+    """One file, written in pieces in any order, and hashed behind them."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDWR)
+        self._hash = GrowingHash(self.descriptor, path)
+        # The kernel lets one thread at a time write to a file, and those that wait for it burn a core.
+        self._one_writer = Lock()
+
+    def write(self, view: memoryview, position: int) -> None:
+        end = position + len(view)
+        self._hash.written(position, end)
+        with self._one_writer:
+            # A single write may stop short, always so above 2 GiB.
+            while view:
+                view = view[os.pwrite(self.descriptor, view, end - len(view)) :]
+
+    def flush(self) -> None:
+        os.fsync(self.descriptor)
+        self._hash.advance()
+
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        self._hash.close()
+        os.close(self.descriptor)
 
 
 class OpenWeightFiles:
     """The files of a layout, open for writing; every method may be called from several threads."""
 
-    def __init__(self, layout: WeightFiles, descriptors: Mapping[str, int]) -> None:
+    def __init__(self, layout: WeightFiles, files: Mapping[str, _OpenFile]) -> None:
         self.layout = layout
-        self._descriptors = dict(descriptors)
+        self._files = dict(files)
+
+    def write_headers(self) -> None:
+        """What comes before the tensors."""
+        for file, header in self.layout.headers.items():
+            self._files[file].write(memoryview(header), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The whole tensor `name`; raises ShapeError if its type or shape is not the planned one."""
@@ -128,11 +165,7 @@ class OpenWeightFiles:
             raise ShapeError(
                 f"{name}: {len(view)} bytes at {byte_offset} given, but the tensor has {place.info.size_bytes} bytes"
             )
-        descriptor, position = self._descriptors[place.file], place.offset + byte_offset
-        # A single write may stop short, always so above 2 GiB.
-        while view:
-            written = os.pwrite(descriptor, view, position)
-            view, position = view[written:], position + written
+        self._files[place.file].write(view, place.offset + byte_offset)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` as it is now in the file, in fresh memory."""
@@ -140,21 +173,26 @@ class OpenWeightFiles:
         tensor = torch.empty(place.info.shape, dtype=place.info.dtype)
         view, position = tensor_bytes(tensor), place.offset
         while view:
-            count = os.preadv(self._descriptors[place.file], [view], position)
+            count = os.preadv(self._files[place.file].descriptor, [view], position)
             if count == 0:
                 raise ContainerError(f"{name}: {place.file} ends before the tensor does: write it again")
             view, position = view[count:], position + count
         return tensor
 
     def flush(self) -> None:
-        """Returns when everything written is on the disk."""
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
+        """Returns when everything written is on the disk; what was is hashed in the background from then on."""
+        for file in self._files.values():
+            file.flush()
+
+    def sha256(self) -> dict[str, str]:
+        """Hex SHA-256 of each file as it is now, by name; nothing may be written meanwhile."""
+        self.flush()
+        return {name: file.sha256() for name, file in self._files.items()}
 
     def close(self) -> None:
         """Closes the files; calling it twice does no harm."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()
 
     def __enter__(self) -> OpenWeightFiles:
         return self

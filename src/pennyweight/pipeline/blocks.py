@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from threading import Lock
 
 from torch import Tensor, nn
 
@@ -29,8 +30,6 @@ from pennyweight.solvers.learned.base import BlockProblem
 _PART = 1 << 22
 # Rows that one thread puts back at a time.
 _ROWS = 256
-# Weights whose codes, a byte each, are held before they are written.
-_ROUND = 1 << 27
 
 
 def run_blocks(
@@ -216,42 +215,30 @@ def _refined(
 
 
 def _without_data(model: StreamedModel, output: Output, sites: Sequence[Site], chain: Chain) -> list[SiteRecord]:
-    """Sites solved without data: a few rows at a time are read and solved, each part by one thread."""
-    records: list[SiteRecord] = []
-    for together in _rounds(sites):
-        records.extend(_one_round(model, output, together, chain))
-    return records
+    """Sites solved without data: a few rows at a time are read and solved, each part by one thread. The one that comes
+    last writes the site, while others go on: of a block of many experts few are in memory."""
+    schemes = output.plan.schemes
+    parts = {site.name: _row_parts(site, schemes[site.name]) for site in sites}
+    solved: dict[str, dict[int, SolvedSite]] = {site.name: {} for site in sites}
+    lock = Lock()
 
-
-def _rounds(sites: Sequence[Site]) -> list[list[Site]]:
-    """Consecutive sites whose codes are held at once: a block of many experts is larger than memory should be."""
-    rounds: list[list[Site]] = [[]]
-    for site in sites:
-        if rounds[-1] and sum(other.weights for other in rounds[-1]) + site.weights > _ROUND:
-            rounds.append([])
-        rounds[-1].append(site)
-    return rounds
-
-
-def _one_round(model: StreamedModel, output: Output, sites: Sequence[Site], chain: Chain) -> list[SiteRecord]:
-    parts = [(site, part) for site in sites for part in _row_parts(site, output.plan.schemes[site.name])]
-
-    def solve(work: tuple[Site, slice]) -> SolvedSite:
-        site, part = work
-        matrix = stored_matrix(model.checkpoint, site, part).to(model.device).contiguous()
+    def solve(work: tuple[Site, int]) -> SiteRecord | None:
+        site, number = work
+        matrix = stored_matrix(model.checkpoint, site, parts[site.name][number]).to(model.device).contiguous()
         check_finite(matrix, site.tensor)
-        return solve_site(site, matrix, output.plan.schemes[site.name], chain, SiteStatistics(Statistics(), 0))
-
-    solved: dict[str, list[SolvedSite]] = {site.name: [] for site in sites}
-    for (site, _), result in zip(parts, parallel_map(solve, parts), strict=True):
-        solved[site.name].append(result)
-
-    def write(site: Site) -> SiteRecord:
-        whole = joined(solved.pop(site.name))
+        part = solve_site(site, matrix, schemes[site.name], chain, SiteStatistics(Statistics(), 0))
+        with lock:
+            solved[site.name][number] = part
+            if len(solved[site.name]) < len(parts[site.name]):
+                return None
+            done = solved.pop(site.name)
+        whole = joined([done[number] for number in range(len(done))])
         output.write(site, whole.weight)
         return whole.record
 
-    return parallel_map(write, sites)
+    work = [(site, number) for site in sites for number in range(len(parts[site.name]))]
+    records = {record.name: record for record in parallel_map(solve, work) if record is not None}
+    return [records[site.name] for site in sites]
 
 
 def _row_parts(site: Site, scheme: Scheme) -> list[slice]:

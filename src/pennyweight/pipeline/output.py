@@ -18,8 +18,8 @@ from pennyweight.pipeline.solve import check_finite
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import QuantizedWeight
 
-# Bytes of a kept tensor that are in memory at a time.
-_COPY_BYTES = 1 << 22
+# Bytes of a kept tensor that one thread copies at a time, and bytes that are copied before they go to the disk.
+_COPY_BYTES, _FLUSH_BYTES = 1 << 22, 1 << 25
 # What travels with the weights: tokenizer, chat templates, generation settings, the further modules of a sentence
 # embedder (1_Pooling), licence, and a model's own code.
 _CARRIED = (
@@ -56,8 +56,17 @@ class Output:
         return [name for name in self.checkpoint.tensors if name not in replaced]
 
     def copy_kept(self, names: Sequence[str]) -> None:
-        """Copy tensors that stay as they are, a piece at a time; raises WeightError on NaN or infinity."""
-        parallel_map(self._copy, [(name, part) for name in names for part in self._parts(name)])
+        """Copy tensors that stay as they are to the disk, a piece at a time; raises WeightError on NaN or infinity."""
+        batch: list[tuple[str, slice | None]] = []
+        waiting = 0
+        for name in names:
+            for part in self._parts(name):
+                batch.append((name, part))
+                waiting += min(_COPY_BYTES, self.checkpoint.tensors[name].size_bytes)
+                if waiting >= _FLUSH_BYTES:
+                    self._copy_all(batch)
+                    batch, waiting = [], 0
+        self._copy_all(batch)
 
     def _parts(self, name: str) -> list[slice | None]:
         """Rows that are copied at once, None for the whole tensor."""
@@ -65,6 +74,10 @@ class Output:
         if not info.shape or info.size_bytes <= _COPY_BYTES:
             return [None]
         return [*chunks(info.shape[0], max(1, _COPY_BYTES // (info.size_bytes // info.shape[0])))]
+
+    def _copy_all(self, pieces: Sequence[tuple[str, slice | None]]) -> None:
+        parallel_map(self._copy, pieces)
+        self.files.flush()
 
     def _copy(self, piece: tuple[str, slice | None]) -> None:
         name, part = piece
@@ -89,22 +102,23 @@ class Output:
 def weight_entries(
     container: Container, plan: Plan, sites: Sequence[Site], checkpoint: Checkpoint
 ) -> dict[str, TensorInfo]:
-    """Every tensor that will be written, in the checkpoint's order."""
+    """Every tensor that will be written, in the order of writing: what is kept, then block after block."""
     held: dict[str, list[Site]] = {}
     for site in sites:
         held.setdefault(site.tensor, []).append(site)
-    entries: dict[str, TensorInfo] = {}
-    for name, info in checkpoint.tensors.items():
-        here = [site for site in held.get(name, []) if site.name in plan.schemes]
-        if not here:
-            entries[name] = info
-            continue
-        if len(here) < len(held[name]):
+    quantized: set[str] = set()
+    for name, matrices in held.items():
+        here = sum(site.name in plan.schemes for site in matrices)
+        if 0 < here < len(matrices):
             raise ContainerError(
-                f"{name}: {len(here)} of the {len(held[name])} matrices in it would be quantized and the others lost: "
+                f"{name}: {here} of the {len(matrices)} matrices in it would be quantized and the others lost: "
                 "quantize all of them, or keep all in float"
             )
-        for site in here:
+        if here:
+            quantized.add(name)
+    entries = {name: info for name, info in checkpoint.tensors.items() if name not in quantized}
+    for site in sites:
+        if site.name in plan.schemes:
             entries.update(container.entries(site, plan.schemes[site.name]))
     return entries
 

@@ -69,9 +69,11 @@ def run_record(
     records: Sequence[SiteRecord],
     verification: dict[str, Any],
     found: Mapping[str, Mapping[str, Any]],
+    hashes: Mapping[str, str],
 ) -> dict[str, Any]:
-    """pennyweight.json: the same for the same inputs, however long it took."""
+    """pennyweight.json: the same for the same inputs, however long it took; `hashes` of the weight files by name."""
     files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name not in _NOT_RECORDED]
+    names = [str(file.relative_to(directory)) for file in files]
     return {
         "recipe": job.recipe,
         "versions": versions(),
@@ -86,6 +88,6 @@ def run_record(
         "fallbacks": {record.name: record.notes for record in records if record.notes},
         "found": found,
         "unused_tensors": job.model.weights.unused,
-        "outputs": {str(file.relative_to(directory)): sha256(file) for file in files},
+        "outputs": {name: hashes.get(name) or sha256(directory / name) for name in names},
         "verification": {key: value for key, value in verification.items() if key not in _MEASURED},
     }

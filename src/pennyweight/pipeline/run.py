@@ -162,6 +162,7 @@ def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, ver
         records = _write_weights(job, output, directory, journal, tell)
         if finish is not None:
             _finish(job, output, directory, journal, finish)
+        hashes = files.sha256()
     write_sidecars(job, directory, records)
     report = run_report(job, target, records)
     report.resumed_blocks = resumed
@@ -170,9 +171,8 @@ def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, ver
     report.peak_memory_bytes = peak_memory_bytes()
     verification = verify(directory) if verify else {"verified": "none"}
     report.verified, report.verification = str(verification["verified"]), verification
-    write_text(
-        directory / "pennyweight.json", to_json(run_record(job, directory, records, verification, journal.found))
-    )
+    record = run_record(job, directory, records, verification, journal.found, hashes)
+    write_text(directory / "pennyweight.json", to_json(record))
     write_text(directory / "run.json", to_json(_measured(report)))
     files_of_output = (file for file in directory.rglob("*") if file.is_file() and file.name != JOURNAL_NAME)
     report.size_bytes = sum(file.stat().st_size for file in files_of_output)
@@ -222,7 +222,6 @@ def _opened(job: Job, target: Path, directory: Path) -> OpenWeightFiles:
 def _write_weights(job: Job, output: Output, directory: Path, journal: Journal, tell: Tell) -> list[SiteRecord]:
     if "kept" not in journal.finished:
         output.copy_kept(output.kept_tensors(job.model.sites))
-        output.files.flush()
         journal.add("kept", [])
     chain = job.options.chain
     return run_blocks(
