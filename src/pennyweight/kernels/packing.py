@@ -13,8 +13,9 @@ from pennyweight.core.errors import ShapeError, UsageError
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.native import kernel_table, native
 
-# Codes per chunk: input, output and two temporaries of this length stay in a core's second-level cache.
-_CHUNK = 1 << 17
+# Codes per chunk: input, output and two temporaries of this length stay in a core's second-level cache. The native
+# kernel has no temporaries.
+_CHUNK, _NATIVE_CHUNK = 1 << 17, 1 << 21
 
 
 def packed_words(cols: int, bits: int) -> int:
@@ -44,7 +45,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
         words[part] = packed.view(piece.shape[0], -1)[:, : words.shape[1]]
 
     if words.numel():
-        parallel_map(one, chunks(rows, max(1, _CHUNK // cols)))
+        parallel_map(one, chunks(rows, max(1, (_NATIVE_CHUNK if is_native else _CHUNK) // cols)))
     return words
 
 

@@ -50,7 +50,8 @@ def solve_site(site: Site, w: Tensor, scheme: Scheme, chain: Chain, found: SiteS
         solution = solver.solve(w if isinstance(solver, Nearest) else w.float(), scheme, found.stats)
     except PennyweightError as failure:
         raise type(failure)(f"{site.name}: {failure}") from failure
-    error, nearest = _errors(w, solution.weight, found.stats, every=_every(site))
+    has_feedback = not isinstance(solver, Nearest)
+    error, nearest = _errors(w, solution.weight, found.stats, every=_every(site), has_nearest=has_feedback)
     record = SiteRecord(site.name, scheme.name, error, nearest, found.rows, found.notes + solution.notes)
     return SolvedSite(solution.weight, record)
 
@@ -59,7 +60,7 @@ def again_measured(
     site: Site, w: Tensor, weight: QuantizedWeight, found: SiteStatistics, record: SiteRecord
 ) -> SiteRecord:
     """`record` with the error of the codes that came out of refining the block; that of nearest stays."""
-    error, _ = _errors(w, weight, found.stats, every=_every(site))
+    error, _ = _errors(w, weight, found.stats, every=_every(site), has_nearest=False)
     return replace(record, error=error)
 
 
@@ -83,18 +84,21 @@ def joined(parts: Sequence[SolvedSite]) -> SolvedSite:
     return SolvedSite(QuantizedWeight.join(weights), record)
 
 
-def _errors(w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int) -> tuple[float, float]:
-    """Relative errors of the result and of rounding to nearest with the same scales, on every `every`-th row."""
+def _errors(
+    w: Tensor, weight: QuantizedWeight, stats: Statistics, *, every: int, has_nearest: bool
+) -> tuple[float, float]:
+    """Relative errors of the result and of rounding to nearest with the same scales, on every `every`-th row. Without
+    `has_nearest` both are that of the result."""
     if w.numel() == 0:
         return 0.0, 0.0
     rows = torch.arange(0, w.shape[0], every, device=w.device)
     sample = w[rows].float()
     result = weight.rows(rows)
-    nearest = round_to_nearest(sample, result.scheme, result.parameters)
-    total, error, plain = _energies(
-        torch.stack([sample, sample - result.dequantize(), sample - nearest.dequantize()]), stats.hessian
-    )
-    return (error / total, plain / total) if total else (0.0, 0.0)
+    compared = [sample, sample - result.dequantize()]
+    if has_nearest:
+        compared.append(sample - round_to_nearest(sample, result.scheme, result.parameters).dequantize())
+    total, *errors = _energies(torch.stack(compared), stats.hessian)
+    return (errors[0] / total, errors[-1] / total) if total else (0.0, 0.0)
 
 
 def _energies(e: Tensor, hessian: Tensor | None) -> list[float]:
