@@ -67,9 +67,7 @@ def _fit(
         groups = Groups(view[part].contiguous(), weights, scheme, scales.rows(part), shift)
         return fit_groups(groups, is_searched=fit == "search")
 
-    parts = parallel_map(one, chunks(view.shape[0], per_chunk))
-    shift = [part.shifts for part in parts if part.shifts is not None]
-    return Candidate(torch.cat([part.scales for part in parts]), torch.cat(shift) if shift else None)
+    return Candidate.combined(parallel_map(one, chunks(view.shape[0], per_chunk)), torch.cat)
 
 
 def _per_weight(importance: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> Tensor:

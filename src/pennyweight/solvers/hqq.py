@@ -77,11 +77,7 @@ def half_quadratic(w: Tensor, scheme: Scheme, starts: list[Parameters]) -> Param
         return found.candidate
 
     parts = parallel_map(one, chunks(view.shape[0], max(1, _CHUNK // (view.shape[1] * view.shape[2]))))
-    shape = (*view.shape[:2], 1)
-    kept = [part.shifts for part in parts if part.shifts is not None]
-    best = Candidate(
-        torch.cat([part.scales for part in parts]).reshape(shape), torch.cat(kept).reshape(shape) if kept else None
-    )
+    best = Candidate.combined(parts, lambda tensors: torch.cat(tensors).reshape(*view.shape[:2], 1))
     return _parameters(best, starts[0], scales, shifts)
 
 
@@ -145,12 +141,7 @@ class _Best:
 
     def or_better(self, other: _Best) -> _Best:
         wins = other.error < self.error
-        mine, theirs, shifts = self.candidate, other.candidate, None
-        if mine.shifts is not None and theirs.shifts is not None:
-            shifts = torch.where(wins, theirs.shifts, mine.shifts)
-        return _Best(
-            Candidate(torch.where(wins, theirs.scales, mine.scales), shifts), torch.where(wins, other.error, self.error)
-        )
+        return _Best(self.candidate.or_where(wins, other.candidate), torch.where(wins, other.error, self.error))
 
 
 def _descended(groups: _Groups, start: Candidate) -> _Best:
@@ -183,11 +174,8 @@ def _taken(best: _Best, index: Tensor) -> _Best:
 
 def _put(best: _Best, index: Tensor, part: _Best) -> _Best:
     """`best` with `part` at `index`."""
-    mine, theirs, shifts = best.candidate, part.candidate, None
-    if mine.shifts is not None and theirs.shifts is not None:
-        shifts = mine.shifts.index_copy(0, index, theirs.shifts)
-    scales = mine.scales.index_copy(0, index, theirs.scales)
-    return _Best(Candidate(scales, shifts), best.error.index_copy(0, index, part.error))
+    put = Candidate.combined((best.candidate, part.candidate), lambda pair: pair[0].index_copy(0, index, pair[1]))
+    return _Best(put, best.error.index_copy(0, index, part.error))
 
 
 def _stored(scheme: Scheme, start: Parameters) -> tuple[Stored, Stored | None]:
