@@ -52,7 +52,7 @@ def fit_scales(w: Tensor, scheme: Scheme, *, importance: Tensor | None = None, f
         scales = _with_parents(scales, found.scales)
         shifts = None if shifts is None or found.shifts is None else _with_parents(shifts, found.shifts)
     found = _fit(view, scheme, weights, fit, scales, shifts)
-    return _parameters(found, scheme, scales, shifts)
+    return parameters_of(found, scheme, scales, shifts)
 
 
 def _fit(
@@ -103,7 +103,8 @@ def _with_parents(stored: Stored, numbers: Tensor) -> Stored:
     return Stored(stored.spec, stored.limit, parents[..., None])
 
 
-def _parameters(found: Candidate, scheme: Scheme, scales: Stored, shifts: Stored | None) -> Parameters:
+def parameters_of(found: Candidate, scheme: Scheme, scales: Stored, shifts: Stored | None) -> Parameters:
+    """`found` [rows, groups, 1] in its stored form, with the parents of `scales` and `shifts`."""
     stored = None
     if found.shifts is not None:
         stored = (found.shifts.to(torch.int16) if shifts is None else shifts.encode(found.shifts))[..., 0]

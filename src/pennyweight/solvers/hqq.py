@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.schemes import Parameters, Scheme, fit_scales
+from pennyweight.schemes.fit import parameters_of
 from pennyweight.schemes.parameters import spread
 from pennyweight.schemes.quantized import grouped
 from pennyweight.schemes.rounding import Stored, spread_of, stored_scales, stored_shifts
@@ -78,7 +79,7 @@ def half_quadratic(w: Tensor, scheme: Scheme, starts: list[Parameters]) -> Param
 
     parts = parallel_map(one, chunks(view.shape[0], max(1, _CHUNK // (view.shape[1] * view.shape[2]))))
     best = Candidate.combined(parts, lambda tensors: torch.cat(tensors).reshape(*view.shape[:2], 1))
-    return _parameters(best, starts[0], scales, shifts)
+    return parameters_of(best, scheme, scales, shifts)
 
 
 @dataclass(frozen=True)
@@ -203,20 +204,6 @@ def _candidate(start: Parameters, scheme: Scheme, part: slice) -> Candidate:
     decoded = start.decoded(scheme)
     shifts = decoded.zeros if decoded.offsets is None else decoded.offsets
     return Candidate(decoded.scales[part].reshape(-1, 1), None if shifts is None else shifts[part].reshape(-1, 1))
-
-
-def _parameters(found: Candidate, start: Parameters, scales: Stored, shifts: Stored | None) -> Parameters:
-    """`found` [rows, groups, 1] in its stored form, with the parents of `start`."""
-    kept = None
-    if found.shifts is not None:
-        kept = (found.shifts.to(torch.int16) if shifts is None else shifts.encode(found.shifts))[..., 0]
-    is_offset = start.offsets is not None
-    return replace(
-        start,
-        scales=scales.encode(found.scales)[..., 0],
-        zeros=None if is_offset else kept,
-        offsets=kept if is_offset else None,
-    )
 
 
 PROVIDES: tuple[Solver, ...] = (Hqq(),)
