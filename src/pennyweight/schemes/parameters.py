@@ -98,6 +98,15 @@ def spread(parents: Tensor, spec: ScaleSpec) -> Tensor:
     return parents if spec.span is None else parents.repeat_interleave(spec.span, dim=1)
 
 
+def gathered(numbers: Tensor, spec: ScaleSpec) -> Tensor:
+    """Sums [rows, parents] of `numbers` [rows, groups] over the scales that share a parent; `numbers` without one."""
+    if spec.parent is None:
+        return numbers
+    if spec.span is None:
+        return numbers.sum().reshape(1, 1)
+    return numbers.reshape(numbers.shape[0], -1, spec.span).sum(-1)
+
+
 def _stored(spec: ScaleSpec | None, shape: tuple[int, int]) -> tuple[tuple[int, int], torch.dtype] | None:
     return None if spec is None else (shape, spec.torch_dtype)
 
