@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import llm_compressor
+from benchmarks.peer_tools import LLM_COMPRESSOR
 from benchmarks.processes import CommandError, Measured, measure
 from benchmarks.results_file import ROOT, cache, circumstances, heading, mib, note, project_environment, save, table
 
@@ -136,7 +136,7 @@ class Bench:
 
 
 def _peer(job: str, model: Path, out: Path, tokens: Path | None) -> Measured:
-    return llm_compressor.run(model, out, scheme=SCHEME, solver=job, tokens=tokens)
+    return LLM_COMPRESSOR.run(model, out, scheme=SCHEME, solver=job, tokens=tokens)
 
 
 def _read_all(model: Path) -> None:
@@ -260,7 +260,7 @@ def main() -> None:
     """Measure, print, save; what has been measured is saved even where a later run fails."""
     arguments = parse_arguments()
     facts = circumstances("benchmarks.speed")
-    peer_absent = llm_compressor.why_not() if arguments.peer else "left out with --ours-only"
+    peer_absent = LLM_COMPRESSOR.why_not() if arguments.peer else "left out with --ours-only"
     repeats = {"nearest": arguments.repeats, "gptq": arguments.gptq_repeats}
     checkpoints = arguments.checkpoints or cache("synthetic")
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,7 @@ def _save(
 ) -> None:
     found = figures(runs)
     made = claims(found)
-    peer = {"absent": peer_absent} if peer_absent else llm_compressor.versions()
+    peer = {"absent": peer_absent} if peer_absent else LLM_COMPRESSOR.versions()
     content = {
         **facts,
         "peer": peer,

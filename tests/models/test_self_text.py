@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pennyweight.core.errors import ModelError
-from pennyweight.models.self_text import own_windows
+from pennyweight.models.self_text import own_windows, sampled
 from pennyweight.models.streamed import StreamedModel
 from tests.models.families import FAMILIES, build, save
 
@@ -54,3 +54,12 @@ def test_an_encoder_writes_nothing(tmp_path: Path) -> None:
     path = save(build(FAMILIES["bert"].architecture, FAMILIES["bert"].config), tmp_path)
     with pytest.raises(ModelError, match="does not write text"):
         own_windows(StreamedModel(path), length=8, count=1)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    p = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    rows = 20_000
+    drawn = sampled(p.log().expand(rows, 4), torch.Generator().manual_seed(0))
+    often = torch.bincount(drawn, minlength=4) / rows
+    # Four standard deviations.
+    assert ((often - p).abs() <= 4 * (p * (1 - p) / rows).sqrt()).all()

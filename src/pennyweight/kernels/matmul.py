@@ -1,4 +1,4 @@
-"""float32 matrix product by the fastest exact path of this machine."""
+"""float32 matrix product by the fastest exact path of this machine, and the names that products go by in torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# What a model calls for x @ W, beside nn.functional.linear and torch.addmm.
+PRODUCTS = frozenset(
+    {torch.matmul, torch.bmm, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
+)
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pennyweight.kernels.matmul import has_fast_linear, linear_f32
+from pennyweight.kernels.matmul import PRODUCTS, has_fast_linear, linear_f32
 
 # Told the names of sites and the input [..., in] that they are called with; says whether what the map would give is
 # needed by nobody: zeros then take its place.
@@ -88,7 +88,7 @@ class Intercept(TorchFunctionMode):
         if func is torch.addmm and self._watched is not None and len(args) >= 3:
             weight = args[2]
             self._notify(weight, args[1])
-        elif func in _PRODUCTS and self._watched is not None:
+        elif func in PRODUCTS and self._watched is not None:
             weight = args[1]
             self._product(args[0], weight)
         out = func(*args, **kwargs)
@@ -158,9 +158,6 @@ class Intercept(TorchFunctionMode):
             if names:
                 self._made(names, out)
         return out
-
-
-_PRODUCTS = {torch.matmul, torch.bmm, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
 
 
 # Asked of a parameter often, as in `self.dtype`, and answered without its values.

@@ -64,9 +64,13 @@ def _again(model: StreamedModel, ids: Tensor, *, seed: int) -> Tensor:
             generator = torch.Generator().manual_seed(seed * len(stream.hidden) + batch)
             drawn = stream.input_ids[batch].cpu().clone()
             for window, logits in enumerate(finish(batch).float().cpu()):
-                # Gumbel's trick: the argmax of logits plus such noise is a sample of their softmax.
-                noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-                drawn[window, 1:] = (logits + noise)[:-1].argmax(-1)
+                drawn[window, 1:] = sampled(logits, generator)[:-1]
             return drawn
 
         return torch.cat(parallel_map(draw, range(len(stream.hidden))))
+
+
+def sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token from softmax(logits) for each row [vocabulary]: the one with the largest logit + Gumbel noise."""
+    noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
+    return (logits - noise.log_()).argmax(-1)

@@ -25,6 +25,7 @@ from pennyweight.core.files import check_space
 from pennyweight.core.parallel import parallel_map
 from pennyweight.models.base import Site, TensorInfo
 from pennyweight.models.intercept import Made
+from pennyweight.models.self_text import sampled
 from pennyweight.models.streamed import Stream, StreamedModel
 
 # How steeply weights follow s: the square root of s, of which one draw a token is a noisy estimate with a long tail.
@@ -116,19 +117,12 @@ def _slopes_of_loss(model: StreamedModel, stream: Stream, *, seed: int) -> list[
             hidden = stream.hidden[batch] = stream.hidden[batch].detach().requires_grad_()
             with torch.enable_grad():
                 logits = finish(batch).flatten(0, -2).float()
-                drawn = _drawn(logits.detach(), seed=seed + batch)
+                drawn = sampled(logits.detach(), torch.Generator().manual_seed(seed + batch))
                 loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
             [slope] = torch.autograd.grad(loss, hidden)
             return slope
 
         return parallel_map(one, range(len(stream.hidden)))
-
-
-def _drawn(logits: Tensor, *, seed: int) -> Tensor:
-    """A token from softmax(logits) for each row: the one with the largest logit + Gumbel noise."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
-    return (logits - noise.log()).argmax(-1)
 
 
 def _back(

@@ -52,7 +52,7 @@ def fit_scales(w: Tensor, scheme: Scheme, *, importance: Tensor | None = None, f
         scales = _with_parents(scales, found.scales)
         shifts = None if shifts is None or found.shifts is None else _with_parents(shifts, found.shifts)
     found = _fit(view, scheme, weights, fit, scales, shifts)
-    return _parameters(found, scheme, scales, shifts)
+    return parameters_of(found, scheme, scales, shifts)
 
 
 def _fit(
@@ -67,9 +67,7 @@ def _fit(
         groups = Groups(view[part].contiguous(), weights, scheme, scales.rows(part), shift)
         return fit_groups(groups, is_searched=fit == "search")
 
-    parts = parallel_map(one, chunks(view.shape[0], per_chunk))
-    shift = [part.shifts for part in parts if part.shifts is not None]
-    return Candidate(torch.cat([part.scales for part in parts]), torch.cat(shift) if shift else None)
+    return Candidate.combined(parallel_map(one, chunks(view.shape[0], per_chunk)), torch.cat)
 
 
 def _per_weight(importance: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> Tensor:
@@ -105,7 +103,8 @@ def _with_parents(stored: Stored, numbers: Tensor) -> Stored:
     return Stored(stored.spec, stored.limit, parents[..., None])
 
 
-def _parameters(found: Candidate, scheme: Scheme, scales: Stored, shifts: Stored | None) -> Parameters:
+def parameters_of(found: Candidate, scheme: Scheme, scales: Stored, shifts: Stored | None) -> Parameters:
+    """`found` [rows, groups, 1] in its stored form, with the parents of `scales` and `shifts`."""
     stored = None
     if found.shifts is not None:
         stored = (found.shifts.to(torch.int16) if shifts is None else shifts.encode(found.shifts))[..., 0]

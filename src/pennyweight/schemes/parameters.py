@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -77,14 +77,14 @@ class Parameters:
         )
 
     @staticmethod
-    def join(parts: Sequence[Parameters]) -> Parameters:
-        """Those of a weight whose consecutive rows have `parts`; nothing may be shared between rows."""
+    def combined(parts: Sequence[Parameters], combine: Callable[[list[Tensor]], Tensor]) -> Parameters:
+        """`combine` of each tensor that `parts` have, all of them the same ones."""
 
-        def joined(name: str) -> Tensor | None:
+        def one(name: str) -> Tensor | None:
             tensors = [tensor for part in parts if (tensor := getattr(part, name)) is not None]
-            return torch.cat(tensors) if tensors else None
+            return combine(tensors) if tensors else None
 
-        return Parameters(*(joined(field.name) for field in fields(Parameters)))  # type: ignore[arg-type]
+        return Parameters(*(one(field.name) for field in fields(Parameters)))  # type: ignore[arg-type]
 
 
 def _decode(stored: Tensor, parents: Tensor | None, spec: ScaleSpec) -> Tensor:
@@ -96,6 +96,15 @@ def _decode(stored: Tensor, parents: Tensor | None, spec: ScaleSpec) -> Tensor:
 def spread(parents: Tensor, spec: ScaleSpec) -> Tensor:
     """`parents` [rows, parents] as what broadcasts over the scales [rows, groups] that share them."""
     return parents if spec.span is None else parents.repeat_interleave(spec.span, dim=1)
+
+
+def gathered(numbers: Tensor, spec: ScaleSpec) -> Tensor:
+    """Sums [rows, parents] of `numbers` [rows, groups] over the scales that share a parent; `numbers` without one."""
+    if spec.parent is None:
+        return numbers
+    if spec.span is None:
+        return numbers.sum().reshape(1, 1)
+    return numbers.reshape(numbers.shape[0], -1, spec.span).sum(-1)
 
 
 def _stored(spec: ScaleSpec | None, shape: tuple[int, int]) -> tuple[tuple[int, int], torch.dtype] | None:

@@ -57,7 +57,7 @@ class QuantizedWeight:
         """The weight whose consecutive rows are `parts`, of one scheme that shares nothing between rows."""
         if len(parts) == 1:
             return parts[0]
-        parameters = Parameters.join([part.parameters for part in parts])
+        parameters = Parameters.combined([part.parameters for part in parts], torch.cat)
         return QuantizedWeight.of(torch.cat([part.codes for part in parts]), parameters, parts[0].scheme)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

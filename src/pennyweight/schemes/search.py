@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +47,16 @@ class Candidate:
 
     scales: Tensor
     shifts: Tensor | None
+
+    @staticmethod
+    def combined(parts: Sequence[Candidate], combine: Callable[[list[Tensor]], Tensor]) -> Candidate:
+        """`combine` of the scales of all `parts`, and of their shifts where they have any."""
+        shifts = [part.shifts for part in parts if part.shifts is not None]
+        return Candidate(combine([part.scales for part in parts]), combine(shifts) if shifts else None)
+
+    def or_where(self, wins: Tensor, other: Candidate) -> Candidate:
+        """`other` in the groups where it `wins`."""
+        return Candidate.combined((other, self), lambda pair: torch.where(wins, pair[0], pair[1]))
 
 
 @dataclass(frozen=True)
@@ -99,11 +109,7 @@ class _Best:
     def or_better(self, groups: Groups, other: Candidate) -> _Best:
         error = groups.error(other)
         wins = error < self.error
-        mine, shifts = self.candidate, None
-        if other.shifts is not None and mine.shifts is not None:
-            shifts = torch.where(wins, other.shifts, mine.shifts)
-        chosen = Candidate(torch.where(wins, other.scales, mine.scales), shifts)
-        return _Best(chosen, torch.where(wins, error, self.error))
+        return _Best(self.candidate.or_where(wins, other), torch.where(wins, error, self.error))
 
 
 def fit_groups(groups: Groups, *, is_searched: bool) -> Candidate:
@@ -319,10 +325,7 @@ def _exact_where_constant(groups: Groups, best: Candidate, low: Tensor, high: Te
     if scheme.scale.element is not None or (groups.shifts is not None and groups.shifts.spec.element is not None):
         # Codes may hold it less well than what was found.
         constant = constant & (groups.error(exact) <= groups.error(best))
-    shifts = None
-    if best.shifts is not None and exact.shifts is not None:
-        shifts = torch.where(constant, exact.shifts, best.shifts)
-    return Candidate(torch.where(constant, exact.scales, best.scales), shifts)
+    return best.or_where(constant, exact)
 
 
 def _exact(groups: Groups, scales: Stored, constant: Tensor) -> Candidate:

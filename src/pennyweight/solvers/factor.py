@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pennyweight.core.errors import NotPositiveDefiniteError
-from pennyweight.core.parallel import chunks
+from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.solvers.base import Statistics
 from pennyweight.solvers.factorize import cholesky_
 from pennyweight.solvers.ordering import permuted
 
 _ATTEMPTS = 4
+# Rows whose targets are computed together by one thread.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,20 @@ class Factor:
             if part.start:
                 x[: part.start] -= matmul_nt(before, x[part].T.contiguous())
         return x
+
+    def corrected(self, w: Tensor, inner: Callable[[Tensor], Tensor], *, share: float) -> Tensor:
+        """W + share (inner(W)ᵀ D⁻¹) L⁻¹ for float32 `w` [out, in].
+
+        `inner` gives float32 [in, rows], positions in solving order, for some rows of `w`; the result is used up.
+        """
+
+        def rows(part: slice) -> Tensor:
+            step = self.backward(inner(w[part]).div_(self.variances[:, None]))
+            targets = w[part].clone()
+            targets[:, self.order] += share * step.T
+            return targets
+
+        return torch.cat(parallel_map(rows, chunks(w.shape[0], _ROWS)))
 
 
 def factor_of(stats: Statistics, *, damping: float, block: int) -> Factor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,18 +34,13 @@ class Rounded:
         if scheme.rows_share:
             return other if other.loss.sum() < least * self.loss.sum() else self
         wins = other.loss < least * self.loss
-        parameters = _chosen(wins, other.weight.parameters, self.weight.parameters)
-        codes = torch.where(wins[:, None], other.weight.codes, self.weight.codes)
-        aims = torch.where(wins[:, None], other.aims, self.aims)
+        rows = wins[:, None]
+        parameters = Parameters.combined(
+            (other.weight.parameters, self.weight.parameters), lambda pair: torch.where(rows, pair[0], pair[1])
+        )
+        codes = torch.where(rows, other.weight.codes, self.weight.codes)
+        aims = torch.where(rows, other.aims, self.aims)
         return Rounded(QuantizedWeight.of(codes, parameters, scheme), aims, torch.where(wins, other.loss, self.loss))
-
-
-def _chosen(wins: Tensor, these: Parameters, those: Parameters) -> Parameters:
-    def chosen(name: str) -> Tensor | None:
-        one, other = getattr(these, name), getattr(those, name)
-        return None if one is None else torch.where(wins[:, None], one, other)
-
-    return Parameters(*(chosen(field.name) for field in fields(Parameters)))  # type: ignore[arg-type]
 
 
 def with_feedback(

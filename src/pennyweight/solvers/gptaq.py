@@ -19,8 +19,8 @@ from pennyweight.solvers.factor import Factor
 from pennyweight.solvers.ordering import permuted
 from pennyweight.solvers.rounding import Rounding, check_statistics
 
-# Rows and columns that one thread computes together.
-_ROWS = 1024
+# Columns that one thread computes together.
+_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,10 @@ class Gptaq:
         key = ("gptaq", self.damping, self.block)
         mixing = stats.remember(key, lambda: _mixing(stats, factor))
 
-        def rows(part: slice) -> Tensor:
-            own = w[part][:, factor.order].contiguous()
-            step = factor.backward(matmul_nt(mixing, own).div_(factor.variances[:, None]))
-            targets = w[part].clone()
-            targets[:, factor.order] += self.alpha * step.T
-            return targets
+        def passed_on(rows: Tensor) -> Tensor:
+            return matmul_nt(mixing, rows[:, factor.order].contiguous())
 
-        return torch.cat(parallel_map(rows, chunks(w.shape[0], _ROWS)))
+        return factor.corrected(w, passed_on, share=self.alpha)
 
 
 def _mixing(stats: Statistics, factor: Factor) -> Tensor:
@@ -71,7 +67,7 @@ def _mixing(stats: Statistics, factor: Factor) -> Tensor:
     assert stats.hessian is not None
     assert stats.cross is not None
     drift = permuted(stats.cross - stats.hessian, factor.order)
-    parts = chunks(drift.shape[0], _ROWS)
+    parts = chunks(drift.shape[0], _COLUMNS)
     return torch.cat(parallel_map(lambda part: factor.forward(drift[part].T), parts), dim=1).triu_(1)
 
 

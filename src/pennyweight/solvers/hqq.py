@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.schemes import Parameters, Scheme, fit_scales
+from pennyweight.schemes.fit import parameters_of
 from pennyweight.schemes.parameters import spread
 from pennyweight.schemes.quantized import grouped
 from pennyweight.schemes.rounding import Stored, spread_of, stored_scales, stored_shifts
@@ -77,12 +78,8 @@ def half_quadratic(w: Tensor, scheme: Scheme, starts: list[Parameters]) -> Param
         return found.candidate
 
     parts = parallel_map(one, chunks(view.shape[0], max(1, _CHUNK // (view.shape[1] * view.shape[2]))))
-    shape = (*view.shape[:2], 1)
-    kept = [part.shifts for part in parts if part.shifts is not None]
-    best = Candidate(
-        torch.cat([part.scales for part in parts]).reshape(shape), torch.cat(kept).reshape(shape) if kept else None
-    )
-    return _parameters(best, starts[0], scales, shifts)
+    best = Candidate.combined(parts, lambda tensors: torch.cat(tensors).reshape(*view.shape[:2], 1))
+    return parameters_of(best, scheme, scales, shifts)
 
 
 @dataclass(frozen=True)
@@ -145,12 +142,7 @@ class _Best:
 
     def or_better(self, other: _Best) -> _Best:
         wins = other.error < self.error
-        mine, theirs, shifts = self.candidate, other.candidate, None
-        if mine.shifts is not None and theirs.shifts is not None:
-            shifts = torch.where(wins, theirs.shifts, mine.shifts)
-        return _Best(
-            Candidate(torch.where(wins, theirs.scales, mine.scales), shifts), torch.where(wins, other.error, self.error)
-        )
+        return _Best(self.candidate.or_where(wins, other.candidate), torch.where(wins, other.error, self.error))
 
 
 def _descended(groups: _Groups, start: Candidate) -> _Best:
@@ -183,11 +175,8 @@ def _taken(best: _Best, index: Tensor) -> _Best:
 
 def _put(best: _Best, index: Tensor, part: _Best) -> _Best:
     """`best` with `part` at `index`."""
-    mine, theirs, shifts = best.candidate, part.candidate, None
-    if mine.shifts is not None and theirs.shifts is not None:
-        shifts = mine.shifts.index_copy(0, index, theirs.shifts)
-    scales = mine.scales.index_copy(0, index, theirs.scales)
-    return _Best(Candidate(scales, shifts), best.error.index_copy(0, index, part.error))
+    put = Candidate.combined((best.candidate, part.candidate), lambda pair: pair[0].index_copy(0, index, pair[1]))
+    return _Best(put, best.error.index_copy(0, index, part.error))
 
 
 def _stored(scheme: Scheme, start: Parameters) -> tuple[Stored, Stored | None]:
@@ -215,20 +204,6 @@ def _candidate(start: Parameters, scheme: Scheme, part: slice) -> Candidate:
     decoded = start.decoded(scheme)
     shifts = decoded.zeros if decoded.offsets is None else decoded.offsets
     return Candidate(decoded.scales[part].reshape(-1, 1), None if shifts is None else shifts[part].reshape(-1, 1))
-
-
-def _parameters(found: Candidate, start: Parameters, scales: Stored, shifts: Stored | None) -> Parameters:
-    """`found` [rows, groups, 1] in its stored form, with the parents of `start`."""
-    kept = None
-    if found.shifts is not None:
-        kept = (found.shifts.to(torch.int16) if shifts is None else shifts.encode(found.shifts))[..., 0]
-    is_offset = start.offsets is not None
-    return replace(
-        start,
-        scales=scales.encode(found.scales)[..., 0],
-        zeros=None if is_offset else kept,
-        offsets=kept if is_offset else None,
-    )
 
 
 PROVIDES: tuple[Solver, ...] = (Hqq(),)

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.schemes import Scheme
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Need, Solution, Solver, Statistics
 from pennyweight.solvers.factor import Factor
 from pennyweight.solvers.rounding import Rounding, check_statistics
-
-# Rows whose targets are computed together by one thread.
-_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -60,14 +55,10 @@ class Qronos:
         # Transposed once for all rows: the product takes rows of its second operand.
         drift = (stats.cross - stats.hessian).T.contiguous()
 
-        def rows(part: slice) -> Tensor:
-            pull = matmul_nt(w[part].contiguous(), drift).T[factor.order]
-            step = factor.backward(factor.forward(pull).div_(factor.variances[:, None]))
-            targets = w[part].clone()
-            targets[:, factor.order] += self.correction * step.T
-            return targets
+        def pull(rows: Tensor) -> Tensor:
+            return factor.forward(matmul_nt(rows.contiguous(), drift).T[factor.order])
 
-        return torch.cat(parallel_map(rows, chunks(w.shape[0], _ROWS)))
+        return factor.corrected(w, pull, share=self.correction)
 
 
 PROVIDES: tuple[Solver, ...] = (Qronos(),)

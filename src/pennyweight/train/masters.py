@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pennyweight.models.base import Site
 from pennyweight.schemes import QuantizedWeight, ScaleSpec
-from pennyweight.schemes.parameters import Parameters
+from pennyweight.schemes.parameters import Parameters, gathered
 from pennyweight.schemes.quantized import grouped
 
 
@@ -97,9 +97,9 @@ class TrainedSite:
         if given.zeros is not None:
             scales = scales - given.zeros * total
         gradients = {"scales": scales, "zeros": -given.scales * total, "offsets": -total}
-        gradients["parents"] = _gathered(scales, stored.scales, scheme.scale)
+        gradients["parents"] = _of_parents(scales, stored.scales, scheme.scale)
         if stored.offsets is not None and scheme.offset is not None:
-            gradients["offset_parents"] = _gathered(-total, stored.offsets, scheme.offset)
+            gradients["offset_parents"] = _of_parents(-total, stored.offsets, scheme.offset)
         return {name: master.slope(gradients[name]) for name, master in self.masters.items()}
 
 
@@ -109,11 +109,6 @@ def _floats(parameters: Parameters) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part is not None and part.is_floating_point()}
 
 
-def _gathered(slopes: Tensor, stored: Tensor, spec: ScaleSpec) -> Tensor:
-    """sum_j own_j * slope_j over the scales or offsets of each parent; these themselves where there is none."""
-    if spec.parent is None or spec.element is None:
-        return slopes
-    each = slopes * spec.element.decode(stored)
-    if spec.span is None:
-        return each.sum().reshape(1, 1)
-    return each.reshape(each.shape[0], -1, spec.span).sum(-1)
+def _of_parents(slopes: Tensor, stored: Tensor, spec: ScaleSpec) -> Tensor:
+    """sum_j own_j * slope_j over the scales or offsets of each parent."""
+    return gathered(slopes if spec.element is None else slopes * spec.element.decode(stored), spec)

@@ -15,6 +15,7 @@ from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models import text
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.schemes import QuantizedWeight
+from pennyweight.solvers.learned.descent import drawn_batches
 from pennyweight.train.student import Slopes, Student
 from pennyweight.train.teacher import Teacher, teaching
 
@@ -151,13 +152,10 @@ class _Training:
 
     def _steps(self) -> list[list[int]]:
         """The batches of every step: each epoch in an order of its own."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        order: list[int] = []
-        for _ in range(math.ceil(self.settings.epochs)):
-            order += [self.trained[place] for place in torch.randperm(len(self.trained), generator=generator).tolist()]
         size = min(self.settings.batch, len(self.trained))
         count = int(self.settings.epochs * len(self.trained)) // size
-        return [order[number * size : (number + 1) * size] for number in range(count)]
+        drawn = drawn_batches(len(self.trained), size, count, self.settings.seed)
+        return [[self.trained[place] for place in places] for places in drawn]
 
     def _rate(self, number: int, steps: int) -> float:
         rising = max(1.0, self.settings.warm_up * steps)

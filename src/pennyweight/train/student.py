@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -195,8 +195,7 @@ class Student:
 
 
 def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    parts = (getattr(weight.parameters, field.name) for field in fields(Parameters))
-    moved = Parameters(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+    moved = Parameters.combined([weight.parameters], lambda one: one[0].to(device))
     return QuantizedWeight.of(weight.codes.to(device), moved, weight.scheme)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,6 @@ from pennyweight.core.parallel import parallel_map
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.train.loss import distance, divergence, top_classes
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,25 +42,19 @@ class Teacher:
 
 @contextmanager
 def teaching(
-    original: StreamedModel,
-    batches: Sequence[Tensor],
-    directory: Path,
-    *,
-    count: int,
-    temperature: float = 1.0,
-    tell: Progress = lambda done, total: None,
+    original: StreamedModel, batches: Sequence[Tensor], directory: Path, *, count: int, temperature: float = 1.0
 ) -> Iterator[Teacher]:
     """Run `original` on `batches` of windows [windows, tokens], block by block, and keep what it says in `directory`.
 
     Of a decoder the `count` most likely tokens and the probability of all others together: (8 count + 4) bytes a
-    token. `tell(done, total)` follows the blocks.
+    token.
     """
     config = original.config.get_text_config()
     known = min(count, int(config.vocab_size)) if original.is_decoder else None
     layout = WeightFiles.plan(_entries(batches, known, width=int(config.hidden_size)))
     check_space(directory, layout.size_bytes)
     with layout.create(directory) as files:
-        _fill(original, batches, files, count=known, temperature=temperature, tell=tell)
+        _fill(original, batches, files, count=known, temperature=temperature)
         yield Teacher(files, known, temperature)
 
 
@@ -78,19 +70,12 @@ def _entries(batches: Sequence[Tensor], count: int | None, *, width: int) -> dic
 
 
 def _fill(
-    original: StreamedModel,
-    batches: Sequence[Tensor],
-    files: OpenWeightFiles,
-    *,
-    count: int | None,
-    temperature: float,
-    tell: Progress,
+    original: StreamedModel, batches: Sequence[Tensor], files: OpenWeightFiles, *, count: int | None, temperature: float
 ) -> None:
     stream = original.start(batches)
     for index in range(len(original.blocks)):
         with original.opened(index) as block:
             original.advance(block, index, stream)
-        tell(index + 1, len(original.blocks))
     with original.finishing(stream) as finish:
 
         def one(batch: int) -> None:

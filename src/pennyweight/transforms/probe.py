@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pennyweight.core.parallel import one_thread_per_operation
+from pennyweight.kernels.matmul import PRODUCTS
 
 # Runs a module in place of the block that it stands for, on a small input; returns the block's output.
 Run = Callable[[nn.Module], Tensor]
 Change = Callable[[Tensor], Tensor]
-
-_PRODUCTS = {torch.matmul, torch.bmm, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm}
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class _Probe(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is torch.addmm and len(args) == 3 and not kwargs:
             return self._called(func, args, x=1, in_stride=args[2].stride(-2), weight=args[2], bias=args[0])
-        if func in _PRODUCTS and len(args) == 2 and _is_matrix(args[1]):
+        if func in PRODUCTS and len(args) == 2 and _is_matrix(args[1]):
             return self._called(func, args, x=0, in_stride=args[1].stride(-2), weight=args[1], bias=None)
         return func(*args, **kwargs)
 

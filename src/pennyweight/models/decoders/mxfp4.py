@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.parallel import parallel_map
+from pennyweight.formats.minifloat import FP4_E2M1
 from pennyweight.models.base import Checkpoint, TensorInfo
 from pennyweight.models.checkpoint import row_range
 from pennyweight.models.decoders.base import Decoder, Decoding, Virtual, component, expect, suffixed
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class _Experts:
 def _decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """blocks [out, groups, 16] and scales [out, groups] -> [out, in], the product in float32, rounded to `dtype`."""
     # Both values of a byte at once.
-    pairs = torch.tensor([(_E2M1[byte & 15], _E2M1[byte >> 4]) for byte in range(256)])
+    byte = torch.arange(256)
+    pairs = FP4_E2M1.decode(torch.stack([byte & 15, byte >> 4], dim=-1))
     values = pairs.index_select(0, blocks.reshape(-1).int()).reshape(*blocks.shape[:2], 32)
     weights = torch.ldexp(values, scales.int().sub_(127)[..., None])
     return weights.reshape(blocks.shape[0], -1).to(dtype)

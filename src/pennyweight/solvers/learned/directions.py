@@ -1,4 +1,4 @@
-"""From gradients to directions: in which proportion parameters move in one step."""
+"""From gradients to directions: in which proportion parameters move in one step, and how far."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from torch import Tensor
 Rule = Literal["sign", "moments"]
 
 _MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.95
+
+
+def falling_rate(step: int, steps: int) -> float:
+    """2 / steps (1 - step / steps): over all steps, from 0, it adds up to 1 (and 1 / steps)."""
+    return 2 / steps * (1 - step / steps)
 
 
 class Direction(Protocol):

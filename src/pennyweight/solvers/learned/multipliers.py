@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.schemes import QuantizedWeight
+from pennyweight.schemes.parameters import gathered
 from pennyweight.schemes.quantized import grouped
 from pennyweight.schemes.storage import ScaleSpec
 from pennyweight.solvers.learned.directions import Direction, Rule, direction
@@ -86,7 +87,7 @@ class Multipliers:
         else:
             slope = view if offsets is None else view + offsets[..., None]
         parts = (grouped(gradient, start.scheme) * slope).sum(-1)
-        self.factors.sub_(self.direction.of(_shared(parts, self.spec), step), alpha=rate)
+        self.factors.sub_(self.direction.of(gathered(parts, self.spec), step), alpha=rate)
         self.factors.clamp_(_LEAST, _MOST)
 
 
@@ -95,12 +96,3 @@ def applied(multipliers: Sequence[Multipliers], weight: QuantizedWeight) -> Quan
     for each in multipliers:
         weight = each.applied(weight)
     return weight
-
-
-def _shared(parts: Tensor, spec: ScaleSpec) -> Tensor:
-    """Sums of `parts` [rows, groups] over the groups that share a float."""
-    if spec.element is None:
-        return parts
-    if spec.span is None:
-        return parts.sum().reshape(1, 1)
-    return parts.reshape(parts.shape[0], -1, spec.span).sum(-1)

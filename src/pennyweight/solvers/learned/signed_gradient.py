@@ -13,7 +13,7 @@ from torch import Tensor
 from pennyweight.schemes import QuantizedWeight
 from pennyweight.solvers.learned.base import BlockProblem, BlockSolution, BlockSolver
 from pennyweight.solvers.learned.descent import descend
-from pennyweight.solvers.learned.directions import Direction, Rule, direction
+from pennyweight.solvers.learned.directions import Direction, Rule, direction, falling_rate
 from pennyweight.solvers.learned.multipliers import Multipliers, applied
 from pennyweight.solvers.learned.neighbours import Ladder
 
@@ -91,7 +91,7 @@ class Offsets:
         return self.quantized().dequantize()
 
     def step_(self, gradient: Tensor, step: int, steps: int) -> None:
-        rate = 2 / steps * (1 - step / steps)
+        rate = falling_rate(step, steps)
         weight = self.weight()
         for multipliers in self.multipliers:
             multipliers.step_(gradient, self.start, weight, step=step, rate=self.solver.scale_reach * rate)
