@@ -319,9 +319,11 @@ def _exact_where_constant(groups: Groups, best: Candidate, low: Tensor, high: Te
     scales = stored_scales(scheme, reach=1.0)
     if scheme.scale.element is not None:
         scales = groups.scales
-    exact = _exact(groups, scales, low)
     # A constant beyond the stored type has no such scale: it keeps the range that reaches furthest.
     constant = (low == high) & (low.abs() <= scales.limit)
+    if not constant.any():
+        return best
+    exact = _exact(groups, scales, low)
     if scheme.scale.element is not None or (groups.shifts is not None and groups.shifts.spec.element is not None):
         # Codes may hold it less well than what was found.
         constant = constant & (groups.error(exact) <= groups.error(best))
