@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,6 +116,36 @@ def test_chunks_and_threads_in_any_order_give_the_same_bytes(tmp_path: Path) -> 
         list(pool.map(lambda piece: files.write_chunk(*piece), reversed(pieces)))
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 3), slice(2, 2), slice(3, 1), slice(-1, None), slice(2, 99)])
+def test_rows_are_read_by_themselves(rows: slice, tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(7), "b": torch.randn(4, 3, 2)}
+    entries = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with WeightFiles.plan(entries).create(tmp_path) as files:
+        for name, tensor in tensors.items():
+            files.write(name, tensor)
+        assert torch.equal(files.read("b", rows), tensors["b"][rows])
+
+
+def test_hashes_are_those_of_the_files(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(50, 3) for name in "abc"}
+    entries = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    layout = WeightFiles.plan(entries, max_file_bytes=1000)
+
+    def expected() -> dict[str, str]:
+        return {file: hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() for file in layout.sizes}
+
+    with layout.create(tmp_path) as files:
+        for name in "abc":
+            files.write(name, tensors[name])
+            files.flush()
+        assert files.sha256() == expected()
+        files.write("b", tensors["a"])
+        assert files.sha256() == expected()
+    with layout.reopen(tmp_path) as files:
+        files.write("c", tensors["a"])
+        assert files.sha256() == expected()
 
 
 def test_an_unfinished_directory_continues_where_it_was(tmp_path: Path) -> None:

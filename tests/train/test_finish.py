@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from pennyweight.evaluate.compare import evaluate
 from pennyweight.evaluate.verify import verify
 from pennyweight.pipeline.journal import Journal
+from pennyweight.pipeline.output import Output
+from pennyweight.pipeline.prepare import Job
 from pennyweight.train import finish
 from pennyweight.train.finish import Recovery
 from pennyweight.train.recover import Settings
@@ -135,3 +138,25 @@ def test_without_steps_the_bytes_are_those_of_a_run_without_recovery(model: Path
     out = tmp_path / "out"
     tiny.run(model, out, OPTIONS, finish=Recovery(replace(SETTINGS, epochs=0)))
     assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+
+
+def test_what_is_trained_is_the_model_that_was_written(tmp_path: Path) -> None:
+    """Of a mixture of experts a transform rewrites routers too, which are matrices that are kept."""
+    source = tiny.mixtral(tmp_path / "model")
+    trained: dict[str, Any] = {}
+
+    class Look:
+        name = "look"
+
+        def __call__(self, job: Job, output: Output, scratch: Path) -> dict[str, Any]:
+            model = finish._as_written(job, output)
+            for name in output.kept_tensors(job.model.sites):
+                trained[name] = (model.checkpoint.read(name), output.files.read(name), job.model.checkpoint.read(name))
+            return {}
+
+    tiny.run(source, tmp_path / "out", replace(OPTIONS, transform="smoothquant"), finish=Look())
+    routers = [name for name in trained if name.endswith("gate.weight")]
+    assert len(routers) == 3
+    assert not any(torch.equal(trained[name][1], trained[name][2]) for name in routers)
+    for name, (read, written, _) in trained.items():
+        assert torch.equal(read, written), name

@@ -170,11 +170,16 @@ class OpenWeightFiles:
             )
         self._files[place.file].write(view, place.offset + byte_offset)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name` as it is now in the file, in fresh memory."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor `name` (`rows` of its first axis, without a step) as it is now in the file, in fresh memory."""
         place = self._place(name)
-        tensor = torch.empty(place.info.shape, dtype=place.info.dtype)
-        view, position = tensor_bytes(tensor), place.offset
+        shape, position = place.info.shape, place.offset
+        if rows is not None:
+            first, last, _ = rows.indices(shape[0])
+            position += first * (place.info.size_bytes // max(1, shape[0]))
+            shape = (max(0, last - first), *shape[1:])
+        tensor = torch.empty(shape, dtype=place.info.dtype)
+        view = tensor_bytes(tensor)
         while view:
             count = os.preadv(self._files[place.file].descriptor, [view], position)
             if count == 0:

@@ -15,7 +15,7 @@ from pennyweight.models.base import Checkpoint, TensorInfo
 
 @dataclass(frozen=True)
 class WrittenCheckpoint:
-    """`original` with the tensors `kept` as they are in the output: a transform changes norms and biases.
+    """`original` with the tensors `kept` as they are in the output: a transform changes norms, biases and routers.
 
     See `Checkpoint` for the members.
     """
@@ -46,7 +46,4 @@ class WrittenCheckpoint:
 
     def read(self, name: str, part: slice | None = None) -> Tensor:
         """As it was written where it is kept, else the original's."""
-        if name not in self.kept:
-            return self.original.read(name, part)
-        whole = self.files.read(name)
-        return whole if part is None else whole[part]
+        return self.files.read(name, part) if name in self.kept else self.original.read(name, part)

@@ -70,11 +70,9 @@ class Recovery:
 
 
 def _as_written(job: Job, output: Output) -> StreamedModel:
-    """The model with norms and biases as a transform may have left them."""
-    vectors = {
-        name for name in output.kept_tensors(job.model.sites) if len(job.model.checkpoint.tensors[name].shape) < 2
-    }
-    checkpoint = WrittenCheckpoint(job.model.checkpoint, output.files, frozenset(vectors))
+    """The model with what is kept in float as a transform may have left it."""
+    kept = frozenset(output.kept_tensors(job.model.sites))
+    checkpoint = WrittenCheckpoint(job.model.checkpoint, output.files, kept)
     options = job.options
     return StreamedModel(
         job.model.path, trust_remote_code=options.trust_remote_code, device=options.device, checkpoint=checkpoint
