@@ -9,6 +9,8 @@ namespace {
 
 // Partial sums, each over every kLanes-th weight: the same order of additions whatever the width of the vectors.
 constexpr std::size_t kLanes = 16;
+// Candidates whose errors are summed side by side.
+constexpr std::size_t kAtOnce = 4;
 // Bounds on what nearly always ends earlier, because the group gains no more.
 constexpr int kLeastSquaresSteps = 8;
 constexpr int kMoves = 3;
@@ -84,6 +86,23 @@ Sums sums_of(const SearchGroups& s, const Group& g, Candidate c) {
   if (at < g.size) add<kTable, kWeighted, kLeastSquares>(s, g, c, at, g.size - at, error, wq, qq);
   if constexpr (kLeastSquares) return {total(error), total(wq), total(qq)};
   return {total(error), 0.0f, 0.0f};
+}
+
+// The errors of several candidates, each summed in the same order as by itself: one reading of the weights serves all,
+// and the sums do not wait for each other.
+template <bool kTable, bool kWeighted>
+void errors_of(const SearchGroups& s, const Group& g, const Candidate* candidates, float* errors) {
+  float error[kAtOnce][kLanes] = {};
+  std::size_t at = 0;
+  for (; at + kLanes <= g.size; at += kLanes) {
+    for (std::size_t c = 0; c < kAtOnce; ++c) {
+      add<kTable, kWeighted, false>(s, g, candidates[c], at, kLanes, error[c], nullptr, nullptr);
+    }
+  }
+  for (std::size_t c = 0; c < kAtOnce; ++c) {
+    if (at < g.size) add<kTable, kWeighted, false>(s, g, candidates[c], at, g.size - at, error[c], nullptr, nullptr);
+    errors[c] = total(error[c]);
+  }
 }
 
 // The value before the first threshold that `x` does not exceed.
@@ -178,12 +197,18 @@ void search_group(const SearchGroups& s, const Group& g, float* scale, float* ze
   Candidate best = {*scale, zero == nullptr ? 0.0f : *zero};
   float lowest = sums_of<kTable, kWeighted, false>(s, g, best).error;
   const std::size_t ends = zero == nullptr ? 1 : 2;
-  for (std::size_t f = 0; f < s.factor_count; ++f) {
-    const Candidate next = shrunk(s, g, low, high, s.factors + f * ends);
-    const float error = sums_of<kTable, kWeighted, false>(s, g, next).error;
-    if (error < lowest) {
-      best = next;
-      lowest = error;
+  for (std::size_t f = 0; f < s.factor_count; f += kAtOnce) {
+    Candidate next[kAtOnce];
+    for (std::size_t c = 0; c < kAtOnce; ++c) {
+      next[c] = shrunk(s, g, low, high, s.factors + (f + c < s.factor_count ? f + c : f) * ends);
+    }
+    float errors[kAtOnce];
+    errors_of<kTable, kWeighted>(s, g, next, errors);
+    for (std::size_t c = 0; c < kAtOnce; ++c) {
+      if (errors[c] < lowest) {
+        best = next[c];
+        lowest = errors[c];
+      }
     }
   }
   Found chosen = settled<kTable, kWeighted>(s, g, found<kTable, kWeighted>(s, g, best));

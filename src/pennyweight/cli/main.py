@@ -14,6 +14,7 @@ import typer
 from pennyweight import __version__
 from pennyweight.cli import demo, evaluate, inspect, quantize, run, verify
 from pennyweight.cli.console import say
+from pennyweight.core.memory import keep_freed_memory
 
 app = typer.Typer(
     name="pennyweight",
@@ -101,6 +102,7 @@ def _quiet() -> None:
 
 def main() -> None:
     """Run a command."""
+    keep_freed_memory()
     _quiet()
     sys.setswitchinterval(_SWITCH_SECONDS)
     app()

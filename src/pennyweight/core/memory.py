@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _CGROUP = Path("/sys/fs/cgroup")
+# Of glibc's malloc.h; the threshold from which pieces come from the system by themselves is at its largest.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def peak_memory_bytes() -> int:
@@ -57,8 +59,21 @@ def _libc() -> Any:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+def keep_freed_memory() -> None:
+    """Let freed memory serve the next allocation: for the start of a program, before it has threads.
+
+    glibc hands large pieces back to the system when they are freed and keeps a heap for every thread; each block of a
+    model then faults in the same gigabyte anew, a tenth of the time that GPTQ takes. One heap that is kept takes no
+    more memory at its peak.
+    """
+    library = _libc()
+    if library is not None and hasattr(library, "mallopt"):
+        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 1 << 25), (_M_TRIM_THRESHOLD, 1 << 30)):
+            library.mallopt(parameter, value)
+
+
 def give_back_memory() -> None:
-    """Return freed memory to the system: glibc keeps what was allocated in pieces of up to 32 MiB."""
+    """Return freed memory to the system, for another process to use."""
     library = _libc()
     if library is not None and hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

@@ -9,7 +9,6 @@ from threading import Lock
 
 from torch import Tensor, nn
 
-from pennyweight.core.memory import give_back_memory
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.streamed import Stream, StreamedModel
@@ -100,7 +99,6 @@ def _one_block(
             streams.original.hidden = ahead
         if chain.refine is not None and reference is not None:
             solved = _refined(model, output, block, sites, solved, chain=chain, streams=streams, reference=reference)
-        give_back_memory()
         _advance(model, block, index, streams.quantized)
     return [solved[site.name].record for site in sites], folds
 
@@ -164,7 +162,6 @@ def _by_stages(
         found = collect(
             model, block, stage, streams, reference=reference if number else None, hands_on=hands_on and is_last
         )
-        give_back_memory()
         for site in stage:
             matrix = model.matrix(site).contiguous()
             # The last site of an input lets go of its Hessian.

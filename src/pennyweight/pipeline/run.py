@@ -17,7 +17,7 @@ from pennyweight.containers.weight_files import OpenWeightFiles
 from pennyweight.core.errors import ContainerError, SpaceError, UsageError, WeightError
 from pennyweight.core.files import allocated_bytes, check_space, sync_directory, sync_files, to_json, write_text
 from pennyweight.core.hashing import Hashes
-from pennyweight.core.memory import peak_memory_bytes
+from pennyweight.core.memory import give_back_memory, peak_memory_bytes
 from pennyweight.core.parallel import allowed_threads, one_thread_per_operation
 from pennyweight.core.version import versions
 from pennyweight.models import text
@@ -169,6 +169,8 @@ def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, ver
     report.leftovers = other_work_directories(target, directory)
     report.seconds = round(time.perf_counter() - started, 3)
     report.peak_memory_bytes = peak_memory_bytes()
+    # The runtime that verifies is another process.
+    give_back_memory()
     verification = verify(directory) if verify else {"verified": "none"}
     report.verified, report.verification = str(verification["verified"]), verification
     record = run_record(job, directory, records, verification, journal.found, hashes)

@@ -10,6 +10,8 @@ from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.matmul import matmul_nt
 
 _TILE = 512
+# Size from which a tile is factored by halves: LAPACK is slow where its products are.
+_LEAF = 64
 
 
 def cholesky_(a: Tensor, *, tile: int = _TILE) -> Tensor:
@@ -62,8 +64,24 @@ def _factor_(tiles: dict[tuple[int, int], Tensor], k: int) -> Tensor:
 
 
 def _factor_and_inverse(a: Tensor) -> tuple[Tensor, Tensor]:
-    lower, failed = torch.linalg.cholesky_ex(a)
-    if failed or not lower.isfinite().all():
-        raise NotPositiveDefiniteError("the Hessian is not positive definite at this damping")
-    identity = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
-    return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
+    """The lower factor of `a` and the inverse of that, by halves: almost all of it becomes products.
+
+        | A  Bᵀ |    | L    | | L    |ᵀ    | L    |⁻¹   | L⁻¹              |
+        | B  C  | =  | P  M | | P  M | ,   | P  M |   = | -M⁻¹ P L⁻¹  M⁻¹ | ,   P = B L⁻ᵀ,   M Mᵀ = C - P Pᵀ
+    """
+    size = a.shape[0]
+    if size <= _LEAF:
+        lower, failed = torch.linalg.cholesky_ex(a)
+        if failed or not lower.isfinite().all():
+            raise NotPositiveDefiniteError("the Hessian is not positive definite at this damping")
+        identity = torch.eye(size, dtype=a.dtype, device=a.device)
+        return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    lower, inverse = torch.zeros_like(a), torch.zeros_like(a)
+    first, first_inverse = _factor_and_inverse(a[:half, :half])
+    panel = matmul_nt(a[half:, :half], first_inverse)
+    second, second_inverse = _factor_and_inverse(a[half:, half:] - matmul_nt(panel, panel))
+    lower[:half, :half], lower[half:, :half], lower[half:, half:] = first, panel, second
+    inverse[:half, :half], inverse[half:, half:] = first_inverse, second_inverse
+    inverse[half:, :half] = matmul_nt(second_inverse, matmul_nt(first_inverse.T, panel)).neg_()
+    return lower, inverse
