@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "ranges.h"
 #include "rounding.h"
 
 namespace pennyweight {
@@ -189,11 +190,8 @@ inline Found moved(const SearchGroups& s, const Group& g, Found best) {
 
 template <bool kTable, bool kWeighted>
 void search_group(const SearchGroups& s, const Group& g, float* scale, float* zero) {
-  float low = g.w[0], high = g.w[0];
-  for (std::size_t k = 1; k < g.size; ++k) {
-    low = min_of(g.w[k], low);
-    high = max_of(g.w[k], high);
-  }
+  float low, high;
+  range_of(g.w, 1, g.size, &low, &high);
   Candidate best = {*scale, zero == nullptr ? 0.0f : *zero};
   float lowest = sums_of<kTable, kWeighted, false>(s, g, best).error;
   const std::size_t ends = zero == nullptr ? 1 : 2;
