@@ -48,6 +48,12 @@ FAST = Recipe(OURS, "fast", needs_data=True, options=("--effort", "fast"))
 NORMAL = Recipe(OURS, "normal", needs_data=True, options=("--effort", "normal"))
 BEST = Recipe(OURS, "best", needs_data=True, options=("--effort", "best"))
 RECOVERED = Recipe(OURS, "gptq, recovered", needs_data=True, options=("--solver", "gptq", "--recover"))
+RECOVERED_LONGER = Recipe(
+    OURS,
+    "gptq, recovered in 3 epochs",
+    needs_data=True,
+    options=("--solver", "gptq", "--recover", "--recover-epochs", "3"),
+)
 
 PEER_NEAREST = Recipe("llm-compressor", "nearest", needs_data=False)
 PEER_GPTQ = Recipe("llm-compressor", "gptq", needs_data=True)
@@ -108,7 +114,7 @@ SETTINGS = {
         Setting(
             "recovery-offset",
             "recovery on the same codes, asymmetric, scale and offset in float16",
-            (GPTQ, RECOVERED),
+            (GPTQ, RECOVERED_LONGER),
             GPTQ,
             ours_suffix="-offset-f16",
             is_dense=True,

@@ -103,7 +103,7 @@ class Bench:
     def run(self, job: str, tool: str, blocks: int) -> Run:
         """One run from a page cache that holds the checkpoint."""
         model, out = self.checkpoint(blocks), self._work / "out"
-        tokens = self._tokens(model) if job == "gptq" else None
+        tokens = self.tokens(model) if job == "gptq" else None
         _read_all(model)
         os.sync()
         load = round(os.getloadavg()[0], 2)
@@ -126,7 +126,7 @@ class Bench:
             raise CommandError("our run drew other calibration windows than the peer is given")
         return done
 
-    def _tokens(self, model: Path) -> Path:
+    def tokens(self, model: Path) -> Path:
         """The calibration windows that our own run will draw, in a file for the peer."""
         path = self._work / "tokens.safetensors"
         if self.tokens_sha256 is None:

@@ -56,8 +56,8 @@ _DATA_FREE: dict[tuple[Recipe, Recipe], float] = {
     (recipes.SELF, recipes.HQQ_MINMAX): 0.7,
 }
 _RECOVERY = {
-    "recovery-offset": {"int4-g32": 0.8, "int3-g32": 0.75, "int2-g32": 0.7},
-    "recovery": {"int4-g128": 0.92, "int3-g128": 0.88, "int2-g128": 0.85},
+    "recovery-offset": (recipes.RECOVERED_LONGER, {"int4-g32": 0.8, "int3-g32": 0.75, "int2-g32": 0.7}),
+    "recovery": (recipes.RECOVERED, {"int4-g128": 0.92, "int3-g128": 0.88, "int2-g128": 0.85}),
 }
 
 
@@ -70,9 +70,9 @@ def _targets() -> Iterator[Target]:
     for width in ("int4-g64", "int3-g64"):
         for (ours, other), ratio in _DATA_FREE.items():
             yield Target("data-free", width, ours, other, ratio)
-    for setting, ratio_of in _RECOVERY.items():
+    for setting, (recovered, ratio_of) in _RECOVERY.items():
         for width, ratio in ratio_of.items():
-            yield Target(setting, width, recipes.RECOVERED, recipes.GPTQ, ratio)
+            yield Target(setting, width, recovered, recipes.GPTQ, ratio)
 
 
 # They are about the model that ships.

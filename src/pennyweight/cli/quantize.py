@@ -49,6 +49,7 @@ _Refine = Annotated[
 _Recover = Annotated[
     bool | None, typer.Option("--recover/--no-recover", help="Train scales and norms end to end at last.")
 ]
+_RecoverEpochs = Annotated[float, typer.Option(help="Passes of that training: 3 gain half as much again as 1.")]
 _LossAware = Annotated[
     bool, typer.Option("--loss-aware/--no-loss-aware", help="Weigh tokens by how much the loss depends on them.")
 ]
@@ -85,6 +86,7 @@ def quantize(
     staged: _Staged = None,
     refine: _Refine = None,
     recover: _Recover = None,
+    recover_epochs: _RecoverEpochs = 1.0,
     loss_aware: _LossAware = False,
     fit: _Fit = "search",
     calibration: _Calibration = None,
@@ -111,7 +113,8 @@ def quantize(
     report = job(
         model, out, scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"), runtime=runtime,
         effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
-        refine=refine, recover=recover, loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]
+        refine=refine, recover=recover, recover_epochs=recover_epochs,
+        loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]
         calibration=calibration, samples=samples, length=length, seed=seed, device=device_of(device),
         trust_remote_code=trust_remote_code, verification=verify,  # type: ignore[arg-type]
         tell=teller(), tell_step=step_teller(), hashes=hashes,

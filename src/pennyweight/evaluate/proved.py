@@ -14,7 +14,7 @@ from pennyweight.pipeline.records import RunReport, Tell
 from pennyweight.pipeline.run import quantize as run
 from pennyweight.schemes.fit import Fit
 from pennyweight.train.finish import Recovery
-from pennyweight.train.recover import Step
+from pennyweight.train.recover import Settings, Step
 
 
 def quantize(
@@ -29,6 +29,7 @@ def quantize(
     staged: bool | None = None,
     refine: str | None = None,
     recover: bool | None = None,
+    recover_epochs: float = Options.recover_epochs,
     loss_aware: bool = False,
     fit: Fit = Options.fit,
     runtime: str = Options.runtime,
@@ -51,7 +52,7 @@ def quantize(
     """
     options = Options(
         scheme=scheme, runtime=runtime, effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,
-        refine=refine, recover=recover, loss_aware=loss_aware, fit=fit,
+        refine=refine, recover=recover, recover_epochs=recover_epochs, loss_aware=loss_aware, fit=fit,
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),
         samples=samples, length=length, seed=seed, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
@@ -64,5 +65,5 @@ def quantize(
         found["reason"] = f"decoded weight by weight; not verified in {runtime}, which was not run"
         return found
 
-    finish = Recovery(tell=tell_step) if options.steps.recover else None
+    finish = Recovery(Settings(epochs=recover_epochs), tell_step) if options.steps.recover else None
     return run(str(model), out, options, finish=finish, verify=prove, tell=tell, hashes=hashes)

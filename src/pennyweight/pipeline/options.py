@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_args
 
@@ -26,6 +27,7 @@ class Options:
     staged        whether each site is calibrated behind the quantized ones before it in its block
     refine        name of a solver of whole blocks that goes on from there, or "none"
     recover       whether scales and norms are trained end to end at last
+    recover_epochs  passes of that training over its windows
     loss_aware    whether tokens weigh more in calibration where the model's loss depends more on a site's output
     fit           how scales are fitted: "search" or "minmax"
     runtime       what will read the result
@@ -45,6 +47,7 @@ class Options:
     staged: bool | None = None
     refine: str | None = None
     recover: bool | None = None
+    recover_epochs: float = 1.0
     loss_aware: bool = False
     fit: Fit = "search"
     runtime: str = "transformers"
@@ -64,6 +67,8 @@ class Options:
             raise UsageError(f"--effort {self.effort}: give {', '.join(get_args(Effort))}")
         if self.samples < 1:
             raise UsageError(f"--samples {self.samples}: give at least 1")
+        if not 0 < self.recover_epochs < math.inf:
+            raise UsageError(f"--recover-epochs {self.recover_epochs}: give more than 0")
         solver = self.chain.solver
         if self.calibration_source is not None:
             return

@@ -66,8 +66,8 @@ def _factor_(tiles: dict[tuple[int, int], Tensor], k: int) -> Tensor:
 def _factor_and_inverse(a: Tensor) -> tuple[Tensor, Tensor]:
     """The lower factor of `a` and the inverse of that, by halves: almost all of it becomes products.
 
-        | A  Bᵀ |    | L    | | L    |ᵀ    | L    |⁻¹   | L⁻¹              |
-        | B  C  | =  | P  M | | P  M | ,   | P  M |   = | -M⁻¹ P L⁻¹  M⁻¹ | ,   P = B L⁻ᵀ,   M Mᵀ = C - P Pᵀ
+    | A  Bᵀ |    | L    | | L    |ᵀ    | L    |⁻¹   | L⁻¹              |
+    | B  C  | =  | P  M | | P  M | ,   | P  M |   = | -M⁻¹ P L⁻¹  M⁻¹ | ,   P = B L⁻ᵀ,   M Mᵀ = C - P Pᵀ
     """
     size = a.shape[0]
     if size <= _LEAF:
