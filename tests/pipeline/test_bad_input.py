@@ -171,6 +171,8 @@ def test_a_tokenizer_of_another_model(mine: Path, tmp_path: Path) -> None:
         (dict(calibration="none", solver="gptq"), "--solver gptq needs calibration data"),
         (dict(fit="best"), "--fit best: give"),
         (dict(samples=0), "--samples 0"),
+        (dict(recover_epochs=0.0), "--recover-epochs 0.0"),
+        (dict(recover_epochs=float("nan")), "--recover-epochs nan"),
     ],
 )
 def test_misuse_is_seen_before_the_model_is_touched(tmp_path: Path, changes: Any, message: str) -> None:

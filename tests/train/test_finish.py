@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pennyweight.evaluate import proved
 from pennyweight.evaluate.compare import evaluate
 from pennyweight.evaluate.verify import verify
 from pennyweight.pipeline.journal import Journal
@@ -160,3 +161,19 @@ def test_what_is_trained_is_the_model_that_was_written(tmp_path: Path) -> None:
     assert not any(torch.equal(trained[name][1], trained[name][2]) for name in routers)
     for name, (read, written, _) in trained.items():
         assert torch.equal(read, written), name
+
+
+def test_how_long_is_an_option(model: Path, tmp_path: Path) -> None:
+    source = tiny.text_file(tmp_path, count=3000, seed=1)
+    steps = []
+    for epochs in (1.0, 2.0):
+        out = tmp_path / f"{epochs}"
+        proved.quantize(
+            str(model), out, scheme="int3-g16", solver="nearest", calibration=source, samples=200, length=24,
+            recover=True, recover_epochs=epochs, verification="none",
+        )  # fmt: skip
+        record = json.loads((out / "pennyweight.json").read_text())
+        assert f"epochs={epochs}" in record["recipe"]["finish"]
+        steps.append(record["found"]["finish"]["steps"])
+    assert steps[0] >= 1
+    assert steps[1] >= 2 * steps[0]
