@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import ShapeError
+from pennyweight.core.parallel import chunks
 from pennyweight.kernels.feedback import Grid
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales, parse_scheme
@@ -98,8 +99,8 @@ def test_block_size_changes_speed_only(name: str, block: int) -> None:
 def test_rows_solved_together_change_speed_only(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     w, stats = problem(100, 192, seed=2)
     expected = Gptq(block=BLOCK).solve(w, parse_scheme(name), stats).weight
-    for module in (rounding, feedback):
-        monkeypatch.setattr(module, "_ROWS", rows)
+    monkeypatch.setattr(rounding, "row_parts", lambda count: chunks(count, rows))
+    monkeypatch.setattr(feedback, "_ROWS", rows)
     assert torch.equal(Gptq(block=BLOCK).solve(w, parse_scheme(name), stats).weight.codes, expected.codes)
 
 

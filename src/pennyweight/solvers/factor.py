@@ -13,11 +13,9 @@ from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.solvers.base import Statistics
 from pennyweight.solvers.factorize import cholesky_
-from pennyweight.solvers.ordering import permuted
+from pennyweight.solvers.ordering import permuted, row_parts
 
 _ATTEMPTS = 4
-# Rows whose targets are computed together by one thread.
-_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Factor:
             targets[:, self.order] += share * step.T
             return targets
 
-        return torch.cat(parallel_map(rows, chunks(w.shape[0], _ROWS)))
+        return torch.cat(parallel_map(rows, row_parts(w.shape[0])))
 
 
 def factor_of(stats: Statistics, *, damping: float, block: int) -> Factor:

@@ -1,4 +1,4 @@
-"""Matrices in the order in which a solver takes their columns: index_select copies whole rows, indexing numbers."""
+"""How a weight is cut and ordered for solving. index_select copies whole rows where indexing copies numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pennyweight.core.parallel import chunks, parallel_map
 
 # Rows that are permuted together by one thread: they stay in a core's second-level cache.
 _ROWS = 64
+
+
+def row_parts(rows: int) -> list[slice]:
+    """Rows that are solved together by one thread: eight parts or more for as many threads, of 128 to 1024 rows, for
+    fewer cost more each."""
+    return chunks(rows, max(128, min(1024, -(-rows // 8))))
 
 
 def permuted(matrix: Tensor, order: Tensor) -> Tensor:

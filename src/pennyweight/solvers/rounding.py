@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import NotPositiveDefiniteError, ShapeError
-from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.core.parallel import parallel_map
 from pennyweight.schemes import QuantizedWeight, Scheme, fit_scales
 from pennyweight.schemes.fit import Fit
 from pennyweight.solvers.base import Need, Solution, Statistics
 from pennyweight.solvers.factor import Factor, factor_of
 from pennyweight.solvers.feedback import with_feedback
 from pennyweight.solvers.nearest import round_to_nearest
+from pennyweight.solvers.ordering import row_parts
 from pennyweight.solvers.polish import polished
 
-# Rows solved together by one thread.
-_ROWS = 1024
 # The targets of a weight [out, in], under the factor of its Hessian.
 Aim = Callable[[Tensor, Factor], Tensor]
 
@@ -92,7 +91,7 @@ class Rounding:
 
         variances = torch.empty_like(factor.variances)
         variances[factor.order] = factor.variances
-        parts = [slice(0, targets.shape[0])] if scheme.rows_share else chunks(targets.shape[0], _ROWS)
+        parts = [slice(0, targets.shape[0])] if scheme.rows_share else row_parts(targets.shape[0])
         return QuantizedWeight.join(parallel_map(rows, parts))
 
 
