@@ -100,12 +100,24 @@ def _quiet() -> None:
         warnings.simplefilter("ignore")
 
 
+def _leave(end: SystemExit) -> None:
+    """End the process as `end` says, without taking apart what was imported, which takes a tenth of a second."""
+    if not isinstance(end.code, int | None):
+        raise end
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code or 0)
+
+
 def main() -> None:
     """Run a command."""
     keep_freed_memory()
     _quiet()
     sys.setswitchinterval(_SWITCH_SECONDS)
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        _leave(end)
 
 
 if __name__ == "__main__":

@@ -233,7 +233,9 @@ def _without_data(model: StreamedModel, output: Output, sites: Sequence[Site], c
         output.write(site, whole.weight)
         return whole.record
 
-    work = [(site, number) for site in sites for number in range(len(parts[site.name]))]
+    # The largest first: near the end there is little for one thread alone.
+    by_size = sorted(sites, key=lambda site: -site.weights)
+    work = [(site, number) for site in by_size for number in range(len(parts[site.name]))]
     records = {record.name: record for record in parallel_map(solve, work) if record is not None}
     return [records[site.name] for site in sites]
 

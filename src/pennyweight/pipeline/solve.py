@@ -20,7 +20,7 @@ from pennyweight.schemes import QuantizedWeight, Scheme
 from pennyweight.solvers.base import Solver, Statistics
 from pennyweight.solvers.nearest import Nearest, round_to_nearest
 
-_SAMPLED_ROWS = 64
+_SAMPLED_ROWS = 32
 # Rows and columns per product: constants, so that sums are cut alike whatever the number of threads.
 _PRODUCT = 512
 
