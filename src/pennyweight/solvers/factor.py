@@ -44,10 +44,14 @@ class Factor:
     def of(lower: Tensor, order: Tensor, shift: Tensor, *, block: int, notes: tuple[str, ...] = ()) -> Factor:
         """Of the Cholesky factor `lower` [in, in], whose memory is used up."""
         roots = lower.diagonal().clone()
-        lower.div_(roots)
         blocks = chunks(lower.shape[0], block)[::-1]
-        within = [lower[part, part].contiguous() for part in blocks]
-        before = [lower[part, : part.start].T.contiguous() for part in blocks]
+
+        def cut(part: slice) -> tuple[Tensor, Tensor]:
+            rows = lower[part, : part.stop].div_(roots[: part.stop])
+            return rows[:, part.start :].contiguous(), rows[:, : part.start].T.contiguous()
+
+        pieces = parallel_map(cut, blocks)
+        within, before = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
         return Factor(order, shift, roots.square_(), blocks, within, before, notes)
 
     def forward(self, b: Tensor) -> Tensor:
