@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import ContainerError, ShapeError
+from pennyweight.core.files import leave_cache
 from pennyweight.core.hashing import GrowingHash
 from pennyweight.models.base import TensorInfo
 
@@ -122,9 +123,8 @@ class _OpenFile:
             # A single write may stop short, always so above 2 GiB.
             while view:
                 view = view[os.pwrite(self.descriptor, view, end - len(view)) :]
-        if hasattr(os, "posix_fadvise"):
-            # The disk begins with it now, and little is left to wait for in `flush`.
-            os.posix_fadvise(self.descriptor, position, end - position, os.POSIX_FADV_DONTNEED)
+        # The disk begins with it now, and little is left to wait for in `flush`.
+        leave_cache(self.descriptor, position, end)
 
     def flush(self) -> None:
         os.fsync(self.descriptor)

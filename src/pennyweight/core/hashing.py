@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+from pennyweight.core.files import leave_cache
+
 # Large enough that a thread which imports modules, and so holds the interpreter, is seldom asked to let go of it.
 _READ = 1 << 24
 
@@ -95,8 +97,7 @@ class GrowingHash:
                 raise OSError(f"{self._path}: ends after {position} of the {end} bytes that were written to it")
             self._digest.update(buffer[:count])
             position += count
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        leave_cache(self._descriptor, begin, end)
 
     def hexdigest(self) -> str:
         """The hash of the whole file, after `advance` and with no write since."""
