@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,6 +128,19 @@ def test_rows_are_read_by_themselves(rows: slice, tmp_path: Path) -> None:
         for name, tensor in tensors.items():
             files.write(name, tensor)
         assert torch.equal(files.read("b", rows), tensors["b"][rows])
+
+
+def test_a_system_that_takes_no_advice_writes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: int) -> None:
+        raise OSError(errno.EINVAL, "no such advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", refused, raising=False)
+    tensor = torch.randn(50, 3)
+    with WeightFiles.plan({"a": TensorInfo(tensor.dtype, tuple(tensor.shape))}).create(tmp_path) as files:
+        files.write("a", tensor)
+        hashes = files.sha256()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensor)
+    assert hashes == {"model.safetensors": hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()}
 
 
 def test_hashes_are_those_of_the_files(tmp_path: Path) -> None:
