@@ -46,7 +46,8 @@ SELF = Recipe(
 GPTQ = Recipe(OURS, "gptq", needs_data=True, options=("--solver", "gptq"))
 FAST = Recipe(OURS, "fast", needs_data=True, options=("--effort", "fast"))
 NORMAL = Recipe(OURS, "normal", needs_data=True, options=("--effort", "normal"))
-BEST = Recipe(OURS, "best", needs_data=True, options=("--effort", "best"))
+# At 8 bits there is nothing left to learn.
+BEST = Recipe(OURS, "best", needs_data=True, options=("--effort", "best"), most_bits=4)
 RECOVERED = Recipe(OURS, "gptq, recovered", needs_data=True, options=("--solver", "gptq", "--recover"))
 RECOVERED_LONGER = Recipe(
     OURS,
