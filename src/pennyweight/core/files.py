@@ -56,8 +56,8 @@ def sync_directory(path: Path) -> None:
 
 
 def leave_cache(descriptor: int, begin: int, end: int) -> None:
-    """The bytes [begin, end) of a file will not be read soon: the system starts to write what is not on the disk yet and
-    frees the rest. This is advice: where none is taken all goes on, only slower."""
+    """The bytes [begin, end) of a file will not be read soon: the system starts to write what is not on the disk yet,
+    and frees the rest. This is advice: where none is taken all goes on, only slower."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
