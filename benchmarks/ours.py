@@ -43,14 +43,12 @@ def main() -> None:
     from pennyweight.pipeline.options import Options
     from pennyweight.pipeline.run import quantize
     from pennyweight.train.finish import Recovery
-    from pennyweight.train.recover import Settings
 
     arguments: dict[str, Any] = vars(parse_arguments())
     model, out = arguments.pop("model"), arguments.pop("out")
     settle_imports()
     options = Options(**arguments)
-    finish = Recovery(Settings(epochs=options.recover_epochs)) if options.steps.recover else None
-    report = quantize(model, out, options, container=DENSE, finish=finish)
+    report = quantize(model, out, options, container=DENSE, finish=Recovery.of(options))
     settle(out)
     sys.stdout.write(to_json(report))
 

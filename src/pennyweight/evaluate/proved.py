@@ -14,7 +14,7 @@ from pennyweight.pipeline.records import RunReport, Tell
 from pennyweight.pipeline.run import quantize as run
 from pennyweight.schemes.fit import Fit
 from pennyweight.train.finish import Recovery
-from pennyweight.train.recover import Settings, Step
+from pennyweight.train.recover import Step
 
 
 def quantize(
@@ -65,5 +65,5 @@ def quantize(
         found["reason"] = f"decoded weight by weight; not verified in {runtime}, which was not run"
         return found
 
-    finish = Recovery(Settings(epochs=recover_epochs), tell_step) if options.steps.recover else None
+    finish = Recovery.of(options, tell_step)
     return run(str(model), out, options, finish=finish, verify=prove, tell=tell, hashes=hashes)

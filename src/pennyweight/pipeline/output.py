@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Output:
     checkpoint: Checkpoint
 
     def kept_tensors(self, sites: Sequence[Site]) -> list[str]:
-        replaced = {site.tensor for site in sites if site.name in self.plan.schemes}
+        replaced = _replaced(self.plan, sites)
         return [name for name in self.checkpoint.tensors if name not in replaced]
 
     def copy_kept(self, names: Sequence[str]) -> None:
@@ -103,24 +104,26 @@ def weight_entries(
     container: Container, plan: Plan, sites: Sequence[Site], checkpoint: Checkpoint
 ) -> dict[str, TensorInfo]:
     """Every tensor that will be written, in the order of writing: what is kept, then block after block."""
-    held: dict[str, list[Site]] = {}
-    for site in sites:
-        held.setdefault(site.tensor, []).append(site)
-    quantized: set[str] = set()
-    for name, matrices in held.items():
-        here = sum(site.name in plan.schemes for site in matrices)
-        if 0 < here < len(matrices):
+    replaced = _replaced(plan, sites)
+    inside = Counter(site.tensor for site in sites)
+    quantized = Counter(site.tensor for site in sites if site.name in plan.schemes)
+    for name in replaced:
+        here, all_of_it = quantized[name], inside[name]
+        if here < all_of_it:
             raise ContainerError(
-                f"{name}: {here} of the {len(matrices)} matrices in it would be quantized and the others lost: "
+                f"{name}: {here} of the {all_of_it} matrices in it would be quantized and the others lost: "
                 "quantize all of them, or keep all in float"
             )
-        if here:
-            quantized.add(name)
-    entries = {name: info for name, info in checkpoint.tensors.items() if name not in quantized}
+    entries = {name: info for name, info in checkpoint.tensors.items() if name not in replaced}
     for site in sites:
         if site.name in plan.schemes:
             entries.update(container.entries(site, plan.schemes[site.name]))
     return entries
+
+
+def _replaced(plan: Plan, sites: Sequence[Site]) -> dict[str, None]:
+    """Names of the checkpoint's tensors that the output has in another form, in the order of `sites`."""
+    return dict.fromkeys(site.tensor for site in sites if site.name in plan.schemes)
 
 
 def carried_files(model: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from pennyweight.core.files import sync_directory
 from pennyweight.models import text
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.prepare import Job, calibration_windows
 from pennyweight.pipeline.written import WrittenCheckpoint
@@ -35,6 +36,11 @@ class Recovery:
 
     settings: Settings = field(default_factory=Settings)
     tell: Callable[[Step], None] = lambda step: None
+
+    @staticmethod
+    def of(options: Options, tell: Callable[[Step], None] = lambda step: None) -> Recovery | None:
+        """What `options` ask for; None where they ask for none."""
+        return Recovery(Settings(epochs=options.recover_epochs), tell) if options.steps.recover else None
 
     @property
     def name(self) -> str:
