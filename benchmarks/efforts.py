@@ -10,18 +10,16 @@ difference of 15 and 5 on one block: all 200 would take a quarter of an hour. Th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peer_tools import AUTO_ROUND, LLM_COMPRESSOR, Peer
+from benchmarks.peer_tools import AUTO_ROUND, LLM_COMPRESSOR, Peer, said
 from benchmarks.processes import measure
-from benchmarks.results_file import ROOT, cache, circumstances, heading, note, project_environment, save, table
-from benchmarks.speed import FULL_BLOCKS, LENGTH, OURS, SAMPLES, SCHEME, TEXT, Bench
+from benchmarks.results_file import ROOT, cache, circumstances, heading, note, save, table
+from benchmarks.speed import CALIBRATED, FULL_BLOCKS, LENGTH, OURS, SAMPLES, SCHEME, Bench, ours
 
 FEW, MORE = 2, 4
 ITERATIONS = (5, 15)
@@ -52,10 +50,7 @@ def _from(tool: str, recipe: str, first: tuple[int, float], second: tuple[int, f
 def _ours(bench: Bench, work: Path, effort: str) -> Seconds:
     def run(blocks: int) -> tuple[int, float]:
         out = work / "out"
-        command = [sys.executable, "-m", "pennyweight.cli.main", "quantize", bench.checkpoint(blocks), "--out", out]
-        command += ["--json", "--scheme", SCHEME, "--effort", effort, "--verify", "none", "--calibration", TEXT]
-        command += ["--samples", str(SAMPLES), "--length", str(LENGTH), "--seed", "0"]
-        done = measure(command, environment=project_environment())
+        done = ours(bench.checkpoint(blocks), out, "--effort", effort, *CALIBRATED)
         shutil.rmtree(out)
         note(f"  {effort}, {blocks} blocks: {done.seconds:.1f} s")
         return blocks, done.seconds
@@ -79,7 +74,7 @@ def _auto_round(bench: Bench, tokens: Path) -> Seconds:
         command = [AUTO_ROUND.python, "-m", "benchmarks.peers.auto_round.timing", bench.checkpoint(1)]
         command += ["--scheme", SCHEME, "--tokens", tokens, "--iterations", str(iterations)]
         done = measure(command, environment={**os.environ, "PYTHONPATH": str(ROOT)})
-        seconds = float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
+        seconds = float(said(done)["seconds"])
         note(f"  {AUTO_ROUND.tool}, one block, {iterations} iterations: {seconds:.1f} s")
         return iterations, seconds
 

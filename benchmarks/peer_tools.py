@@ -72,7 +72,7 @@ class Peer:
         Raises RefusedError where the peer does not take the model or the scheme.
         """
         done = self._run(model, out, scheme=scheme, solver=solver, tokens=tokens)
-        if refused := _said(done).get("refused"):
+        if refused := said(done).get("refused"):
             raise RefusedError(f"{self.tool} {solver} {scheme}: {refused}")
         return done
 
@@ -86,7 +86,7 @@ class Peer:
             done = self._run(model, place / "artefact", scheme=scheme, solver=solver, tokens=tokens)
             figures = asdict(done)
             del figures["stdout"]
-            record.write_text(json.dumps({**figures, "said": _said(done)}, indent=2) + "\n", encoding="utf-8")
+            record.write_text(json.dumps({**figures, "said": said(done)}, indent=2) + "\n", encoding="utf-8")
         return PeerRun(place / "artefact", **json.loads(record.read_text(encoding="utf-8")))
 
     def is_kept(self, model: Path, *, scheme: str, solver: str, tokens: Path | None) -> bool:
@@ -117,9 +117,10 @@ def _versions(peer: Peer) -> dict[str, str]:
     return found
 
 
-def _said(done: Measured) -> dict[str, Any]:
-    said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return said
+def said(done: Measured) -> dict[str, Any]:
+    """The answer of a runner: the last line that it printed."""
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
 
 
 LLM_COMPRESSOR = Peer(

@@ -32,6 +32,8 @@ SCHEME = "int4-g128"
 SAMPLES, LENGTH = 8, 512
 # The checkpoint's tokenizer gives one token a byte: this file of 11 kB is more than enough text.
 TEXT = ROOT / "LICENSE"
+# What our command is given of it.
+CALIBRATED = ("--calibration", TEXT, "--samples", str(SAMPLES), "--length", str(LENGTH), "--seed", "0")
 # The size for which the requirements are stated: 1.1 B weights.
 FULL_BLOCKS = 22
 # Seconds and peak memory as parts of the peer's; None: no such limit. Bytes at most: ours alone.
@@ -114,13 +116,8 @@ class Bench:
         return run
 
     def _ours(self, job: str, model: Path, out: Path) -> Measured:
-        command = [sys.executable, "-m", "pennyweight.cli.main", "quantize", model, "--out", out, "--json"]
-        command += ["--scheme", SCHEME, "--solver", job, "--verify", "none"]
-        if job == "nearest":
-            command += ["--fit", "minmax"]
-        else:
-            command += ["--calibration", TEXT, "--samples", str(SAMPLES), "--length", str(LENGTH), "--seed", "0"]
-        done = measure(command, environment=project_environment())
+        asked = ["--fit", "minmax"] if job == "nearest" else CALIBRATED
+        done = ours(model, out, "--solver", job, *asked)
         calibration = json.loads((out / "pennyweight.json").read_text(encoding="utf-8"))["recipe"]["calibration"]
         if job == "gptq" and calibration["tokens_sha256"] != self.tokens_sha256:
             raise CommandError("our run drew other calibration windows than the peer is given")
@@ -133,6 +130,12 @@ class Bench:
             command = [sys.executable, "-c", _WINDOWS, model, TEXT, path, str(SAMPLES), str(LENGTH)]
             self.tokens_sha256 = measure(command, environment=project_environment()).stdout.strip()
         return path
+
+
+def ours(model: Path, out: Path, *options: object) -> Measured:
+    """A run of our command, unverified."""
+    command = [sys.executable, "-m", "pennyweight.cli.main", "quantize", model, "--out", out, "--json"]
+    return measure([*command, "--scheme", SCHEME, "--verify", "none", *options], environment=project_environment())
 
 
 def _peer(job: str, model: Path, out: Path, tokens: Path | None) -> Measured:
