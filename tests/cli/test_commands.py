@@ -67,11 +67,12 @@ def test_evaluate_prints_one_json_object(pennyweight: Command, model: Path, arte
 
 def test_inspect_prints_one_json_object(pennyweight: Command, model: Path) -> None:
     found = _json(pennyweight("inspect", model, "--json"))
-    assert (found["blocks"], len(found["sites"])) == (3, 21)
+    assert (found["blocks"], len(found["sites"])) == (3, 22)
     assert found["sites"][0].keys() == {"name", "shape", "kind", "stored_as", "std", "largest"}
     words = pennyweight("inspect", model).stdout
     assert "LlamaForCausalLM, 3 blocks" in words
     assert "model.layers.*.self_attn.q_proj" in words
+    assert "the output head, lm_head, stays in float too unless" in words
     assert "kernels" in _json(pennyweight("inspect", "--cpu", "--json"))
 
 

@@ -66,13 +66,14 @@ def source(model: Any, directory: Path, *, sites: str, auto: Any = transformers.
         if re.search(sites, name):
             shape = tuple(tensors[f"{name}.weight"].shape)
             kind = "expert" if re.search(r"\.experts\.\d+\.", name) else "conv1d" if is_conv else "linear"
+            kind = "head" if name == "lm_head" else kind
             numbers = re.findall(r"\d+", name)
-            block = int(numbers[0]) if numbers else -1
+            block = int(numbers[0]) if numbers else model.config.num_hidden_layers
             found.append(
                 Site(name, shape[::-1] if is_conv else shape, block, kind, f"{name}.weight", transposed=is_conv)
             )
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    named = {site.name for site in found}
+    named = {site.name for site in found if site.kind != "head"}
     facts = ModelFacts(
         model_type=model.config.model_type,
         linear_names=tuple(name for name in linears if name not in named),

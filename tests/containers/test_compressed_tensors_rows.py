@@ -7,7 +7,9 @@ tests breaks, the rule can go.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -204,12 +206,57 @@ def test_a_quantized_embedding_still_fails_without_dequantize(
     assert opened(src, "int4-g32", tmp_path / "plain", **groups).difference is None
     assert opened(src, "int4-g32", tmp_path / "decoded", **groups, dequantize=True).is_equal
     # Nothing can ask for it: there is no such kind of site.
-    assert get_args(SiteKind) == ("linear", "conv1d", "expert")
+    assert get_args(SiteKind) == ("linear", "conv1d", "expert", "head")
 
 
-@pytest.mark.parametrize("rules", ["int4-g32", "int4-g32-asym", {"lm_head": "int8-channel", "": "int4-g32"}])
+HEADS: list[Rules] = [
+    "int4-g32",
+    "int8-g32",
+    "int4-g32-asym",
+    "fp8_e4m3-channel",
+    "nvfp4",
+    {"lm_head": "int8-channel", "": "int4-g32"},
+    {"lm_head": "int8-g64", "down": None, "": "int3-g32"},
+    {"lm_head": "fp8_e4m3-channel", "": "int4-g32"},
+    {"lm_head": "int6-g16", "": None},
+]
+
+
+@pytest.mark.parametrize("rules", HEADS)
 def test_an_untied_head_is_equal(rules: Rules, build: Callable[..., Source], tmp_path: Path) -> None:
     check_equal(build("llama", sites=f"{LINEARS}|lm_head"), rules, tmp_path)
+
+
+@pytest.mark.parametrize("rules", ["int4-g32", {"lm_head": "int8-channel", "": "int4-g32"}])
+def test_the_head_of_a_model_of_experts_is_equal(rules: Rules, build: Callable[..., Source], tmp_path: Path) -> None:
+    src = build("mixtral")
+    sites = (*src.sites, Site("lm_head", (64, 64), 2, "head", "lm_head.weight"))
+    check_equal(replace(src, sites=sites), rules, tmp_path)
+
+
+def test_a_head_in_float_is_ignored_and_a_packed_one_is_not(build: Callable[..., Source]) -> None:
+    src = build("llama", sites=f"{LINEARS}|lm_head")
+    for rules, ignored in (({"lm_head": None, "": "int4-g32"}, ["lm_head"]), ("int4-g32", [])):
+        plan = src.plan(rules)
+        assert CONTAINER.config(plan, src.sites, src.facts, runtime="transformers")["ignore"] == ignored
+
+
+def test_vllm_is_not_given_a_packed_head(build: Callable[..., Source]) -> None:
+    src = build("llama", sites=f"{LINEARS}|lm_head")
+    assert "lm_head: vLLM reads a packed output head" in str(refusal(src, "int4-g32", runtime="vllm"))
+    assert refusal(src, {"lm_head": None, "": "int4-g32"}, runtime="vllm") is None
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-channel"])
+def test_a_packed_head_that_the_config_still_ties_is_wrong(
+    scheme: str, build: Callable[..., Source], tmp_path: Path
+) -> None:
+    """Why a head is no site where the config ties it, whatever the checkpoint holds."""
+    src = build("llama", sites=f"{LINEARS}|lm_head")
+    artefact = write(src, src.plan(scheme), tmp_path / "out")
+    config = json.loads((artefact.directory / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (artefact.directory / "config.json").write_text(json.dumps(config))
+    assert not outcome(src, artefact).is_equal
 
 
 @pytest.mark.parametrize("rules", ["int4-g32", "int4-g32-asym"])

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
-from tests.models.families import BLOCKS, FAMILIES, Family, build, save, token_batches
+from pennyweight.pipeline.collect import SiteStatistics, Streams, collect, collect_given
+from tests.models.families import BLOCKS, FAMILIES, VOCABULARY, WIDTH, Family, build, save, token_batches
 
 # Products of float32 by two libraries (oneDNN here, BLAS there) that add up in different orders: a few units in the
 # last place of the largest output, which passes through two blocks.
@@ -61,7 +62,11 @@ def run_streamed(streamed: StreamedModel, batches: list[Tensor]) -> tuple[dict[s
             found |= collect(streamed, block, streamed.sites_of(index), Streams(stream))
             stream.hidden = streamed.run_block(block, index, stream)
     with streamed.finishing(stream) as finish:
-        return found, [finish(batch) for batch in range(len(batches))]
+        outputs = [finish(batch) for batch in range(len(batches))]
+    if streamed.head is not None:
+        streamed.enter_head(stream)
+        found[streamed.head.name] = collect_given(streamed.head, Streams(stream))
+    return found, outputs
 
 
 def run_plain(
@@ -111,21 +116,35 @@ def _route(routed: dict[str, list[Tensor]], name: str) -> Any:
 
 
 def test_sites_are_exactly_the_linear_maps_of_the_blocks_in_checkpoint_names(case: Case) -> None:
-    assert {site.name: site.shape for site in case.streamed.sites} == case.family.expected()
+    found = {site.name: site.shape for site in case.streamed.sites if site.kind != "head"}
+    assert found == case.family.expected()
     assert [site.block for site in case.streamed.sites] == sorted(site.block for site in case.streamed.sites)
     assert len(case.streamed.blocks) == BLOCKS
     assert case.streamed.refused == {}
     assert case.streamed.weights.unused == []
 
 
-def test_heads_routers_and_towers_are_no_sites(case: Case) -> None:
+def test_an_untied_head_under_its_own_name_comes_behind_the_blocks(case: Case) -> None:
+    head, stored = case.plain.get_output_embeddings(), load_file(case.directory / "model.safetensors")
+    if head is None or case.streamed.tied_head or "lm_head.weight" not in stored:
+        assert case.streamed.head is None
+        assert case.streamed.why_no_head
+        return
+    site = Site("lm_head", (VOCABULARY, WIDTH), BLOCKS, "head", "lm_head.weight")
+    assert case.streamed.head == case.streamed.sites[-1] == site
+    assert case.streamed.sites_of(BLOCKS) == [site]
+    assert not case.streamed.why_no_head
+
+
+def test_heads_routers_and_towers_are_no_sites_of_the_blocks(case: Case) -> None:
     kept = set(case.streamed.linear_names())
     for name, module in case.plain.named_modules():
         if isinstance(module, nn.Linear) and not any(name.startswith(block + ".") for block in case.streamed.blocks):
             assert name in kept
         if name.endswith((".gate", ".router", "shared_expert_gate")) and isinstance(module, nn.Linear):
             assert name in kept
-    assert not any(word in site.name for site in case.streamed.sites for word in ("vision", "visual", "lm_head"))
+    inside = [site.name for site in case.streamed.sites if site.block < BLOCKS]
+    assert not any(word in name for name in inside for word in ("vision", "visual", "lm_head"))
 
 
 def test_a_matrix_is_the_checkpoints_tensor(case: Case) -> None:

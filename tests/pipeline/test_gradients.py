@@ -42,8 +42,8 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def found(directory: Path, scratch: Path, *, seed: int = 0) -> Sensitivities:
-    return sensitivities(StreamedModel(directory), token_batches(), scratch / "kept", seed=seed)
+def found(directory: Path, scratch: Path, *, seed: int = 0, has_head: bool = False) -> Sensitivities:
+    return sensitivities(StreamedModel(directory), token_batches(), scratch / "kept", seed=seed, has_head=has_head)
 
 
 def by_autograd(directory: Path, batch: Tensor) -> dict[str, Tensor]:
@@ -66,11 +66,7 @@ def by_autograd(directory: Path, batch: Tensor) -> dict[str, Tensor]:
     with torch.enable_grad():
         logits = model(batch).logits.flatten(0, 1)
         nn.functional.cross_entropy(logits, unlikeliest(logits), reduction="sum").backward()
-    return {
-        name: out.grad.square().sum(-1).flatten()
-        for name, out in outputs.items()
-        if out.grad is not None and name != "lm_head"
-    }
+    return {name: out.grad.square().sum(-1).flatten() for name, out in outputs.items() if out.grad is not None}
 
 
 def unlikeliest(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -86,8 +82,8 @@ def test_squares_are_those_of_autograd_through_the_whole_model(
     directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setattr(gradients, "sampled", unlikeliest)
-    squares = found(directories[family], tmp_path).squares
     model = StreamedModel(directories[family])
+    squares = found(directories[family], tmp_path, has_head=model.head is not None).squares
     assert set(squares) == {site.name for site in model.sites if site.kind != "expert"}
     module_of = {site.name: model.places[site.name].parameter.removesuffix(".weight") for site in model.sites}
     for number, batch in enumerate(token_batches()):
@@ -101,7 +97,7 @@ def test_squares_are_those_of_autograd_through_the_whole_model(
 def test_hidden_states_of_a_narrow_model_are_kept_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "sampled", unlikeliest)
     model = build("LlamaForCausalLM", FAMILIES["llama"].config).to(torch.bfloat16)
-    squares = found(save(model, tmp_path / "model"), tmp_path).squares
+    squares = found(save(model, tmp_path / "model"), tmp_path, has_head=True).squares
     [batch] = token_batches((3,))
     for name, theirs in by_autograd(tmp_path / "model", batch).items():
         # The last hidden states are never rounded; those before are, each once.

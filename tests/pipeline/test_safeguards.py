@@ -13,7 +13,7 @@ from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.evaluate.proved import quantize
 from pennyweight.kernels.native import kernel_table
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline import blocks
+from pennyweight.pipeline import rows
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone
 from tests.pipeline import tiny
@@ -51,10 +51,10 @@ def test_sites_without_data_are_solved_in_parts_and_written_as_they_are_done(
 ) -> None:
     options = replace(tiny.OPTIONS, solver="nearest", calibration="none")
     tiny.run(model, tmp_path / "at-once", options)
-    monkeypatch.setattr(blocks, "_PART", 700)
+    monkeypatch.setattr(rows, "_PART", 700)
     happened: list[str] = []
-    solve, write = blocks.solve_site, Output.write
-    monkeypatch.setattr(blocks, "solve_site", lambda *a: happened.append("solved") or solve(*a))
+    solve, write = rows.solve_site, Output.write
+    monkeypatch.setattr(rows, "solve_site", lambda *a: happened.append("solved") or solve(*a))
     monkeypatch.setattr(Output, "write", lambda *a: happened.append("written") or write(*a))
     tiny.run(model, tmp_path / "in-parts", options)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("at-once", "in-parts")]

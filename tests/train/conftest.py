@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.rows import stored_matrix
 from pennyweight.schemes import QuantizedWeight, parse_scheme
 from pennyweight.solvers.base import Statistics
 from pennyweight.solvers.nearest import Nearest
@@ -27,8 +28,7 @@ class Case:
         found = {}
         scheme = parse_scheme(name)
         for site in self.model.sites:
-            with self.model.opened(site.block):
-                w = self.model.matrix(site).contiguous()
+            w = stored_matrix(self.model.checkpoint, site).float().contiguous()
             found[site.name] = Nearest("minmax").solve(w, scheme, Statistics()).weight
         return found
 

@@ -55,7 +55,10 @@ def _print(found: Inventory) -> None:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name), []).append(site)
     rows = [_row(name, sites) for name, sites in kinds.items()]
     table(["sites", "count", "out x in", "weights", "std", "largest", "largest/std"], rows)
-    print(f"outside the sites, kept in float: {found.other_weights:,} weights (embeddings, norms, head)")
+    print(f"outside the sites, kept in float: {found.other_weights:,} weights (embeddings, norms)")
+    for site in found.sites:
+        if site.kind == "head":
+            print(f"the output head, {site.name}, stays in float too unless it is given a scheme of its own (--head)")
     for name, reason in found.refused.items():
         print(f"  not a site: {name}: {reason}")
 

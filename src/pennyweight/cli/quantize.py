@@ -25,6 +25,9 @@ _Out = Annotated[str, typer.Option(help="Directory to write; must be new or empt
 _Scheme = Annotated[
     str | None, typer.Option(help="Short name: int4-g128, int4-g32-asym, nvfp4...  [default: int4-g128]")
 ]
+_Head = Annotated[
+    str | None, typer.Option(help="Scheme of an output head that is not tied to the embedding.  [default: float]")
+]
 _Bits = Annotated[int | None, typer.Option(min=2, max=8, help="Instead of --scheme: this width in groups of 128.")]
 _Runtime = Annotated[str, typer.Option("--for", help="What will read the result: transformers or vllm.")]
 _Effort = Annotated[
@@ -78,6 +81,7 @@ def quantize(
     out: _Out,
     scheme: _Scheme = None,
     bits: _Bits = None,
+    head: _Head = None,
     runtime: _Runtime = "transformers",
     effort: _Effort = "normal",
     rotate: _Rotate = False,
@@ -111,7 +115,7 @@ def quantize(
 
     set_jobs(jobs)
     report = job(
-        model, out, scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"), runtime=runtime,
+        model, out, scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"), head=head, runtime=runtime,
         effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
         refine=refine, recover=recover, recover_epochs=recover_epochs,
         loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]

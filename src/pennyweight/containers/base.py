@@ -18,8 +18,9 @@ class ModelFacts:
     """What a container must know of the whole model.
 
     model_type    of the config, "llama"
-    linear_names  every module of type Linear outside the plan's reach (routers, heads, vision towers), by its
-                  checkpoint name: what a target of "Linear" would also match and so must be listed as ignored
+    linear_names  every module of type Linear that is no site of the blocks (routers, the head, vision towers), by its
+                  checkpoint name: what a target of "Linear" would also match and so must be listed as ignored where the
+                  plan has no scheme for it
     tied_head     the output head shares the embedding's weight
     dtype         torch dtype name of the checkpoint, "bfloat16"
     """

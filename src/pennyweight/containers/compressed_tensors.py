@@ -114,7 +114,8 @@ class CompressedTensors:
         """
         groups = _sites_by_scheme(plan, sites)
         everything = [*(site.name for site in sites), *facts.linear_names]
-        rest = [*(site.name for site in sites if site.name not in plan.schemes), *facts.linear_names]
+        in_blocks = (site.name for site in sites if site.kind != "head")
+        rest = [name for name in (*in_blocks, *facts.linear_names) if name not in plan.schemes]
         several = len(groups) > 1
         layouts = {layout_of(scheme) for scheme in groups}
         config_groups = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pennyweight.models.hub import resolve
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.blocks import stored_matrix
+from pennyweight.pipeline.rows import stored_matrix
 from pennyweight.pipeline.sizes import weight_count
 
 

@@ -22,6 +22,7 @@ def quantize(
     out: str | Path,
     *,
     scheme: str = Options.scheme,
+    head: str | None = None,
     effort: Effort = Options.effort,
     rotate: bool = False,
     transform: str | None = None,
@@ -51,8 +52,8 @@ def quantize(
     been begun. Returns what was done; raises PennyweightError, and then `out` does not exist.
     """
     options = Options(
-        scheme=scheme, runtime=runtime, effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,
-        refine=refine, recover=recover, recover_epochs=recover_epochs, loss_aware=loss_aware, fit=fit,
+        scheme=scheme, head=head, runtime=runtime, effort=effort, rotate=rotate, transform=transform, solver=solver,
+        staged=staged, refine=refine, recover=recover, recover_epochs=recover_epochs, loss_aware=loss_aware, fit=fit,
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),
         samples=samples, length=length, seed=seed, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip

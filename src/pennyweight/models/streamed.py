@@ -19,6 +19,7 @@ from pennyweight.core.parallel import one_thread_per_operation, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.decoders import decoded
+from pennyweight.models.head import find_head
 from pennyweight.models.intercept import Intercept, Made, Seen, Watched
 from pennyweight.models.postponed import postponed
 from pennyweight.models.sites import Place, find_sites
@@ -41,7 +42,10 @@ class Stream:
 
 
 class StreamedModel:
-    """The model of a directory: config, checkpoint, blocks and sites; weights are read when they are needed."""
+    """The model of a directory: config, checkpoint, blocks and sites; weights are read when they are needed.
+
+    `sites` are those of the blocks and, behind the last, the `head` where it can be one; else `why_no_head`.
+    """
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False, device: str = "cpu",
                  checkpoint: Checkpoint | None = None) -> None:  # fmt: skip
@@ -60,8 +64,12 @@ class StreamedModel:
         self._untie()
         self.blocks = find_blocks(self.module)
         found = find_sites(self.module, self.blocks, self.weights)
-        self.sites: list[Site] = found.sites
-        self.places: dict[str, Place] = found.places
+        head = find_head(self.module, self.weights, self.checkpoint.config_changes, block=len(self.blocks))
+        self.head: Site | None = head if isinstance(head, Site) else None
+        self.why_no_head: str = head if isinstance(head, str) else ""
+        heads = [] if self.head is None else [self.head]
+        self.sites: list[Site] = [*found.sites, *heads]
+        self.places: dict[str, Place] = found.places | {site.name: Place(site.tensor) for site in heads}
         self.refused: dict[str, str] = found.refused
         self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self._outside: dict[int, Tensor] = {}
@@ -84,8 +92,9 @@ class StreamedModel:
         return [site for site in self.sites if site.block == block]
 
     def linear_names(self) -> tuple[str, ...]:
-        """Modules of type nn.Linear that are no sites: heads, routers, towers."""
-        owned = {place.parameter.removesuffix(".weight") for place in self.places.values()}
+        """Modules of type nn.Linear that are no sites of the blocks: heads, routers, towers."""
+        sites = (site for site in self.sites if site.kind != "head")
+        owned = {self.places[site.name].parameter.removesuffix(".weight") for site in sites}
         linear = (name for name, module in self.module.named_modules() if isinstance(module, nn.Linear))
         return tuple(name for name in linear if name not in owned)
 
@@ -161,14 +170,35 @@ class StreamedModel:
 
         parallel_map(one, range(len(stream.hidden)))
 
+    def enter_head(self, stream: Stream) -> None:
+        """Replace what the last block gave in `stream.hidden` by what the head is given; its weight is not read."""
+        assert self.head is not None
+
+        def stop(x: Tensor) -> Any:
+            raise _Given(x)
+
+        with self._patched({self.head.name: stop}), self.finishing(stream) as finish:
+
+            def one(batch: int) -> None:
+                try:
+                    finish(batch)
+                except _Given as found:
+                    stream.hidden[batch] = found.x
+                    return
+                raise ModelError(f"{type(self.module).__name__}: a pass over text does not run its output head")
+
+            parallel_map(one, range(len(stream.hidden)))
+
     @contextmanager
     def finishing(
-        self, stream: Stream, *, given: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> Iterator[Callable[[int], Tensor]]:
+        self, stream: Stream, *, given: Mapping[str, Tensor] = MappingProxyType({}),
+        made: Callable[[int], Made] | None = None,
+    ) -> Iterator[Callable[[int], Tensor]]:  # fmt: skip
         """A function that runs the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens,
         vocabulary] of a decoder, the last hidden state of an encoder. It may be called from several threads.
 
-        `given` takes the place of parameters by name; gradients are recorded for what asks for them."""
+        `given` takes the place of parameters by name; gradients are recorded for what asks for them. `made(batch)` gets
+        what the head gives where that is a site."""
         own = threading.local()
 
         def skip(*args: Any, **kwargs: Any) -> Any:
@@ -176,21 +206,25 @@ class StreamedModel:
 
         def finish(batch: int) -> Tensor:
             own.final = stream.hidden[batch]
-            with one_thread_per_operation(), self._intercept():
+            with one_thread_per_operation(), self._intercept(None if made is None else made(batch)):
                 out = self.module(**call_arguments(self.module, stream.input_ids[batch]))
             logits = getattr(out, "logits", None)
             return out.last_hidden_state if logits is None else logits  # type: ignore[no-any-return]
 
         self._outside.update({id(self.module.get_parameter(name)): tensor for name, tensor in given.items()})
         try:
-            with self._patched([skip] * len(self.blocks)):
+            with self._patched(dict.fromkeys(self.blocks, skip)):
                 yield finish
         finally:
             self.release()
 
-    def _intercept(self) -> Intercept:
-        """For the parts outside the blocks."""
-        return Intercept(load=self._load, load_rows=self._load_rows)
+    def _intercept(self, made: Made | None = None) -> Intercept:
+        """For the parts outside the blocks; `made` gets what the head gives."""
+        watched = None
+        if made is not None and self.head is not None:
+            weight = self._load(self.module.get_parameter(self.places[self.head.name].parameter))
+            watched = Watched({self.head.name: weight})
+        return Intercept(load=self._load, load_rows=self._load_rows, watched=watched, made=made)
 
     def _probe(self, first: nn.Module, ids: Tensor) -> int:
         """How long a tuple blocks return, 0 for a tensor alone: seen by running the first one on a few tokens."""
@@ -227,7 +261,7 @@ class StreamedModel:
 
     def _run_with(self, functions: Sequence[Callable[..., Any]], ids: Tensor) -> None:
         """Run the model on `ids` with `functions` in place of its first blocks, until one of them has seen enough."""
-        with self._patched(functions), self._intercept():
+        with self._patched(dict(zip(self.blocks, functions, strict=False))), self._intercept():
             try:
                 self.module(**call_arguments(self.module, ids))
             except _Enough:
@@ -248,10 +282,10 @@ class StreamedModel:
         return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
     @contextmanager
-    def _patched(self, functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """The first blocks call `functions` in place of their own forward."""
-        modules = [self.module.get_submodule(name) for name in self.blocks[: len(functions)]]
-        for module, function in zip(modules, functions, strict=True):
+    def _patched(self, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+        """Modules, by name, call `functions` in place of their own forward."""
+        modules = [self.module.get_submodule(name) for name in functions]
+        for module, function in zip(modules, functions.values(), strict=True):
             module.forward = function
         try:
             yield
@@ -334,13 +368,21 @@ class StreamedModel:
     def calibrates_in_bfloat16(self) -> bool:
         """Calibration runs the sites' maps in bfloat16, as the runtime will: where the checkpoint is bfloat16 and the
         processor has instructions for it. Evaluation is always in float32."""
-        stored = {self.checkpoint.tensors[site.tensor].dtype for site in self.sites}
+        stored = {self.checkpoint.tensors[site.tensor].dtype for site in self.sites if site.kind != "head"}
         is_fast = self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         return is_fast and stored == {torch.bfloat16}
 
 
 class _Enough(Exception):
     """The forward pass has shown what it was run for."""
+
+
+class _Given(Exception):
+    """The forward pass has come to the head, with `x`."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
 
 
 def _set(module: nn.Module, path: str, parameter: Tensor) -> None:

@@ -5,28 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from threading import Lock
 
 from torch import Tensor, nn
 
 from pennyweight.core.parallel import chunks, parallel_map
-from pennyweight.models.base import Checkpoint, Site
+from pennyweight.models.base import Site
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.pipeline.chain import Chain
-from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
+from pennyweight.pipeline.collect import SiteStatistics, Streams, collect, collect_given
 from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone, SiteRecord, Tell
 from pennyweight.pipeline.rescale import BlockRescaler, kept_names
-from pennyweight.pipeline.solve import SolvedSite, again_measured, check_finite, joined, solve_site
+from pennyweight.pipeline.rows import solve_by_rows, solve_without_data
+from pennyweight.pipeline.solve import again_measured, check_finite, solve_site
 from pennyweight.pipeline.stages import stages_of
-from pennyweight.schemes import QuantizedWeight, Scheme
-from pennyweight.solvers.base import Statistics
+from pennyweight.plan.plan import Plan
+from pennyweight.schemes import QuantizedWeight
 from pennyweight.solvers.learned.base import BlockProblem
 
-# Weights that one thread reads and solves at a time where there is no data: its buffers are small enough that the
-# allocator reuses them, which a buffer of a whole matrix is not.
-_PART = 1 << 22
 # Rows that one thread puts back at a time.
 _ROWS = 256
 
@@ -40,7 +37,7 @@ def run_blocks(
     streams: Streams | None,
     tell: Tell,
 ) -> list[SiteRecord]:
-    """Solve and write every block that the journal does not have; returns the records of all, in order.
+    """Solve and write every block that the journal does not have, and the head; returns the records of all, in order.
 
     With `streams` each block is calibrated on the outputs of the blocks before it as they were written; finished
     blocks of an earlier run are read back and only run. Without them no block is run at all.
@@ -49,7 +46,8 @@ def run_blocks(
     rescaler = None
     if chain.transform is not None and streams is not None:
         rescaler = BlockRescaler(model, chain.transform, output.plan.schemes)
-    for index in range(len(model.blocks)):
+    total = count_blocks(model, output.plan)
+    for index in range(total):
         part = f"block {index}"
         is_done = part in journal.finished
         if not is_done:
@@ -59,8 +57,13 @@ def run_blocks(
         elif streams is not None:
             _replay(model, output, index, streams)
         records.extend(journal.finished[part])
-        tell(BlockDone(index, len(model.blocks), journal.finished[part], resumed=is_done))
+        tell(BlockDone(index, total, journal.finished[part], resumed=is_done))
     return records
+
+
+def count_blocks(model: StreamedModel, plan: Plan) -> int:
+    """How many there are to go through: a head that has a scheme comes as one more, behind the last."""
+    return len(model.blocks) + (model.head is not None and model.head.name in plan.schemes)
 
 
 def _one_block(
@@ -75,7 +78,10 @@ def _one_block(
     """The records of the sites of block `index`, and which of its folds were rescaled."""
     sites = _quantized(model, output, index)
     if streams is None:
-        return _without_data(model, output, sites, chain), ()
+        return solve_without_data(model, output, sites, chain), ()
+    if index == len(model.blocks):
+        [head] = sites
+        return [_head(model, output, head, chain=chain, streams=streams)], ()
     if not sites:
         _replay(model, output, index, streams)
         return [], ()
@@ -99,8 +105,16 @@ def _one_block(
             streams.original.hidden = ahead
         if chain.refine is not None and reference is not None:
             solved = _refined(model, output, block, sites, solved, chain=chain, streams=streams, reference=reference)
-        _advance(model, block, index, streams.quantized)
+        _advance(model, output, block, index, streams.quantized)
     return [solved[site.name].record for site in sites], folds
+
+
+def _head(model: StreamedModel, output: Output, head: Site, *, chain: Chain, streams: Streams) -> SiteRecord:
+    """The head solved on what the quantized model gives it. Nothing comes behind it: it is not run."""
+    for stream in (streams.quantized, streams.original):
+        if stream is not None:
+            model.enter_head(stream)
+    return solve_by_rows(model, output, head, chain, collect_given(head, streams))
 
 
 def _quantized(model: StreamedModel, output: Output, index: int) -> list[Site]:
@@ -211,55 +225,6 @@ def _refined(
     return records
 
 
-def _without_data(model: StreamedModel, output: Output, sites: Sequence[Site], chain: Chain) -> list[SiteRecord]:
-    """Sites solved without data: a few rows at a time are read and solved, each part by one thread. The one that comes
-    last writes the site, while others go on: of a block of many experts few are in memory."""
-    schemes = output.plan.schemes
-    parts = {site.name: _row_parts(site, schemes[site.name]) for site in sites}
-    solved: dict[str, dict[int, SolvedSite]] = {site.name: {} for site in sites}
-    lock = Lock()
-
-    def solve(work: tuple[Site, int]) -> SiteRecord | None:
-        site, number = work
-        matrix = stored_matrix(model.checkpoint, site, parts[site.name][number]).to(model.device).contiguous()
-        check_finite(matrix, site.tensor)
-        part = solve_site(site, matrix, schemes[site.name], chain, SiteStatistics(Statistics(), 0))
-        with lock:
-            solved[site.name][number] = part
-            if len(solved[site.name]) < len(parts[site.name]):
-                return None
-            done = solved.pop(site.name)
-        whole = joined([done[number] for number in range(len(done))])
-        output.write(site, whole.weight)
-        return whole.record
-
-    # The largest first: near the end there is little for one thread alone.
-    by_size = sorted(sites, key=lambda site: -site.weights)
-    work = [(site, number) for site in by_size for number in range(len(parts[site.name]))]
-    records = {record.name: record for record in parallel_map(solve, work) if record is not None}
-    return [records[site.name] for site in sites]
-
-
-def _row_parts(site: Site, scheme: Scheme) -> list[slice]:
-    """Rows that can be solved by themselves: all at once where they share what is stored, or do not lie together."""
-    if scheme.rows_share or site.transposed or 0 in site.shape:
-        return [slice(0, site.shape[0])]
-    return chunks(site.shape[0], max(1, _PART // site.shape[1]))
-
-
-def stored_matrix(checkpoint: Checkpoint, site: Site, rows: slice | None = None) -> Tensor:
-    """The matrix [out, in] of `site`, or some `rows` of it, in its stored type; no more than that is read."""
-    if site.index is None and not site.transposed:
-        matrix = checkpoint.read(site.tensor, rows)
-        rows = None
-    elif site.index is None:
-        matrix = checkpoint.read(site.tensor)
-    else:
-        matrix = checkpoint.read(site.tensor, slice(site.index, site.index + 1))[0]
-    matrix = matrix.T if site.transposed else matrix
-    return matrix if rows is None else matrix[rows]
-
-
 def _put_back(model: StreamedModel, site: Site, weight: QuantizedWeight) -> None:
     """The block computes with the decoded weights from now on."""
     matrix = model.matrix(site)
@@ -270,16 +235,16 @@ def _replay(model: StreamedModel, output: Output, index: int, streams: Streams) 
     """Run a block that an earlier run finished, or that holds nothing to quantize, with the weights in the output."""
     with model.opened(index) as block:
         if streams.original is not None:
-            _advance(model, block, index, streams.original)
+            _advance(model, output, block, index, streams.original)
         quantized = _quantized(model, output, index)
         for site in quantized:
             _put_back(model, site, output.read(site))
         # A transform changes norms and biases too.
         for parameter, name in kept_names(model, index, [site.name for site in quantized]).items():
             model.module.get_parameter(parameter).data.copy_(output.files.read(name))
-        _advance(model, block, index, streams.quantized)
+        _advance(model, output, block, index, streams.quantized)
 
 
-def _advance(model: StreamedModel, block: nn.Module, index: int, stream: Stream) -> None:
-    if index + 1 < len(model.blocks):
+def _advance(model: StreamedModel, output: Output, block: nn.Module, index: int, stream: Stream) -> None:
+    if index + 1 < count_blocks(model, output.plan):
         model.advance(block, index, stream, watched=model.watched(model.sites_of(index)))

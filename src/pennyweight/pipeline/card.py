@@ -9,7 +9,7 @@ from pennyweight.plan.plan import Plan
 
 _CARD = """# {name}, quantized
 
-Weights of {sites} linear maps stored as `{scheme}`, chosen by `{solver}` ({data}); {kept} kept in float. Made by \
+Weights of {sites} linear maps stored as {scheme}, chosen by `{solver}` ({data}); {kept} kept in float. Made by \
 Pennyweight.
 
 ```python
@@ -30,7 +30,7 @@ def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: in
     card = _CARD.format(
         name=name,
         sites=len(plan.schemes),
-        scheme=recipe.scheme,
+        scheme=_schemes(recipe),
         solver=recipe.solver,
         data=_data(recipe),
         kept=len(plan.kept),
@@ -40,6 +40,10 @@ def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: in
     if recipe.runtime == "vllm":
         card += "Not verified in vLLM.\n"
     return _with_ours(front, name) + card + (f"\n---\n\n{body}" if body.strip() else "")
+
+
+def _schemes(recipe: Recipe) -> str:
+    return f"`{recipe.scheme}`" + (f", that of the output head as `{recipe.head}`" if recipe.head else "")
 
 
 def _data(recipe: Recipe) -> str:

@@ -115,6 +115,21 @@ def collect(
     return {name: _completed(one, moments, moments.leaders.get(name, "")) for name, one in statistics.items()}
 
 
+def collect_given(site: Site, streams: Streams) -> SiteStatistics:
+    """Statistics of a `site` that is given the hidden states of the streams as they are."""
+    moments = _Moments(leaders={site.name: site.name})
+    for batches in rounds(streams.quantized):
+        found = [_given(site, streams.quantized.hidden[batch]) for batch in batches]
+        theirs = [] if streams.original is None else [_given(site, streams.original.hidden[batch]) for batch in batches]
+        weights = _Weights(streams.sensitive, batches)
+        _accumulate_(moments, found, theirs, set(), weights, has_magnitudes=False)
+    return _completed(_statistics([site], moments)[site.name], moments, site.name)
+
+
+def _given(site: Site, x: Tensor) -> Inputs:
+    return Inputs(copied=False, leaders={site.name: site.name}, inputs={site.name: [(x, x._version)]})
+
+
 def _completed(one: SiteStatistics, moments: _Moments, leader: str) -> SiteStatistics:
     notes = (*one.notes, _UNWEIGHTED) if leader in moments.unweighted else one.notes
     return replace(one, notes=notes, magnitude=moments.magnitudes.get(leader))

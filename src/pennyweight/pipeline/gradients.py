@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +61,11 @@ def _weights(squares: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
     return [part / mean for part in steep]
 
 
-def sensitivities(model: StreamedModel, batches: Sequence[Tensor], scratch: Path, *, seed: int) -> Sensitivities:
-    """s of every site but experts, for `batches` of windows [windows, tokens] of a decoder.
+def sensitivities(
+    model: StreamedModel, batches: Sequence[Tensor], scratch: Path, *, seed: int, has_head: bool = False
+) -> Sensitivities:
+    """s of every site of the blocks but experts, for `batches` of windows [windows, tokens] of a decoder; with
+    `has_head` of the head too.
 
     The inputs of all blocks are kept in files in the directory `scratch`, which goes away: 2 bytes (4 of a float32
     checkpoint) a token, channel and block. Then the blocks are run once more, last to first, each batch with its own
@@ -75,8 +78,7 @@ def sensitivities(model: StreamedModel, batches: Sequence[Tensor], scratch: Path
                 files.write(f"{index}.{batch}", hidden.to("cpu", _kept_dtype(model)))
             with model.opened(index) as block:
                 model.advance(block, index, stream)
-        outer = _slopes_of_loss(model, stream, seed=seed)
-        found: dict[str, list[Tensor]] = {}
+        outer, found = _slopes_of_loss(model, stream, seed=seed, head=model.head if has_head else None)
         for index in reversed(range(len(model.blocks))):
             outer, of_block = _back(model, index, stream, outer, files)
             found |= of_block
@@ -105,13 +107,18 @@ def _kept(model: StreamedModel, stream: Stream, scratch: Path) -> Iterator[OpenW
 
 def _kept_dtype(model: StreamedModel) -> torch.dtype:
     """float32 where weights are; for weights of 16 bits bfloat16, whose range hidden states do not leave."""
-    is_wide = any(model.checkpoint.tensors[site.tensor].dtype == torch.float32 for site in model.sites)
+    sites = (site for site in model.sites if site.kind != "head")
+    is_wide = any(model.checkpoint.tensors[site.tensor].dtype == torch.float32 for site in sites)
     return torch.float32 if is_wide else torch.bfloat16
 
 
-def _slopes_of_loss(model: StreamedModel, stream: Stream, *, seed: int) -> list[Tensor]:
-    """dl / d(what the last block gives), a batch each."""
-    with model.finishing(stream) as finish:
+def _slopes_of_loss(
+    model: StreamedModel, stream: Stream, *, seed: int, head: Site | None
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """dl / d(what the last block gives), a batch each, and s of the `head`."""
+    sites = [] if head is None else [head]
+    squares = [_Squares({site.name: site for site in sites}) for _ in stream.hidden]
+    with model.finishing(stream, made=(lambda batch: squares[batch].made) if sites else None) as finish:
 
         def one(batch: int) -> Tensor:
             hidden = stream.hidden[batch] = stream.hidden[batch].detach().requires_grad_()
@@ -122,7 +129,14 @@ def _slopes_of_loss(model: StreamedModel, stream: Stream, *, seed: int) -> list[
             [slope] = torch.autograd.grad(loss, hidden)
             return slope
 
-        return parallel_map(one, range(len(stream.hidden)))
+        slopes = parallel_map(one, range(len(stream.hidden)))
+    return slopes, _of_batches(sites, [batch.found() for batch in squares])
+
+
+def _of_batches(sites: Iterable[Site], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """s by batch, of those `sites` that every batch has it of."""
+    names = (site.name for site in sites)
+    return {name: [part[name] for part in parts] for name in names if all(name in part for part in parts)}
 
 
 def _back(
@@ -144,10 +158,7 @@ def _back(
             return slope, squares.found()
 
         parts = parallel_map(one, range(len(outer)))
-    found = {
-        name: [squares[name] for _, squares in parts] for name in sites if all(name in squares for _, squares in parts)
-    }
-    return [slope for slope, _ in parts], found
+    return [slope for slope, _ in parts], _of_batches(sites.values(), [squares for _, squares in parts])
 
 
 @dataclass

@@ -20,6 +20,7 @@ NONE = "none"
 @dataclass(frozen=True)
 class Options:
     """scheme        short name, see `parse_scheme`
+    head          that of the output head; None: it stays in float
     effort        what the run may cost: decides whatever of the next five is None
     rotate        whether the residual stream is rotated first, which changes nothing but how well it rounds
     transform     name of a transform of each block before it is solved, or "none"
@@ -40,6 +41,7 @@ class Options:
     """
 
     scheme: str = "int4-g128"
+    head: str | None = None
     effort: Effort = "normal"
     rotate: bool = False
     transform: str | None = None
@@ -61,6 +63,8 @@ class Options:
     def check(self) -> None:
         """Raises UsageError for what can be seen without the model."""
         parse_scheme(self.scheme)
+        if self.head is not None:
+            parse_scheme(self.head)
         if self.fit not in get_args(Fit):
             raise UsageError(f"--fit {self.fit}: give {' or '.join(get_args(Fit))}")
         if self.effort not in get_args(Effort):

@@ -17,7 +17,7 @@ from pennyweight.core.errors import ContainerError, ModelError, UsageError
 from pennyweight.core.hashing import Hashes
 from pennyweight.core.registry import provided
 from pennyweight.models import text
-from pennyweight.models.base import TensorInfo
+from pennyweight.models.base import Site, TensorInfo
 from pennyweight.models.hub import resolve
 from pennyweight.models.residual import rotated
 from pennyweight.models.self_text import SELF, own_windows
@@ -125,19 +125,37 @@ def _loaded_dtype(model: StreamedModel) -> str:
 
 
 def _plan(model: StreamedModel, facts: ModelFacts, options: Options, container: Container) -> Plan:
-    sites = {site.name: site for site in model.sites}
-    plan = uniform_plan(
-        {name: site.shape for name, site in sites.items()},
-        parse_scheme(options.scheme).with_scale_dtype(getattr(torch, facts.dtype)),
-        lambda candidate, name: container.why_not(candidate, sites[name], runtime=options.runtime),
-    )
-    plan = Plan(plan.schemes, {**plan.kept, **model.refused}, plan.changed)
+    blocks = [site for site in model.sites if site.kind != "head"]
+    plan = _uniform(blocks, options.scheme, facts, options, container)
+    head = _head_plan(model, facts, options, container)
+    plan = Plan({**plan.schemes, **head.schemes}, {**plan.kept, **model.refused}, {**plan.changed, **head.changed})
     if not plan.schemes:
         reason = next(iter(plan.kept.values()), "it has no linear maps in its blocks")
         raise ContainerError(f"{container.name} cannot hold any weight of this model as {options.scheme}: {reason}")
     refusal = container.why_not_plan(plan, model.sites, facts, runtime=options.runtime)
     if refusal is not None:
         raise ContainerError(f"{container.name} for {options.runtime} cannot hold this plan: {refusal}")
+    return plan
+
+
+def _uniform(sites: Sequence[Site], scheme: str, facts: ModelFacts, options: Options, container: Container) -> Plan:
+    by_name = {site.name: site for site in sites}
+    return uniform_plan(
+        {name: site.shape for name, site in by_name.items()},
+        parse_scheme(scheme).with_scale_dtype(getattr(torch, facts.dtype)),
+        lambda candidate, name: container.why_not(candidate, by_name[name], runtime=options.runtime),
+    )
+
+
+def _head_plan(model: StreamedModel, facts: ModelFacts, options: Options, container: Container) -> Plan:
+    """The scheme that was asked for the head; raises the PennyweightError that says why it cannot have it."""
+    if options.head is None:
+        return Plan({})
+    if model.head is None:
+        raise UsageError(f"--head {options.head}: {model.why_no_head}; without --head it stays as it is")
+    plan = _uniform([model.head], options.head, facts, options, container)
+    for reason in plan.kept.values():
+        raise ContainerError(f"{container.name} for {options.runtime} cannot hold this output head: {reason}")
     return plan
 
 
@@ -167,6 +185,7 @@ def _recipe(options: Options, container: Container, windows: Tensor | None, inpu
     steps = options.steps
     return Recipe(
         scheme=options.scheme,
+        head=options.head,
         effort=options.effort,
         rotate=options.rotate,
         transform=steps.transform,

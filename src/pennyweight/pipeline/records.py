@@ -24,6 +24,7 @@ class Recipe:
     `finish` what changed the weights after the solver."""
 
     scheme: str
+    head: str | None
     effort: str
     rotate: bool
     transform: str

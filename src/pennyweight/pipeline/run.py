@@ -21,7 +21,7 @@ from pennyweight.core.memory import give_back_memory, peak_memory_bytes
 from pennyweight.core.parallel import allowed_threads, one_thread_per_operation
 from pennyweight.core.version import versions
 from pennyweight.models import text
-from pennyweight.pipeline.blocks import run_blocks
+from pennyweight.pipeline.blocks import count_blocks, run_blocks
 from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import Streams
 from pennyweight.pipeline.gradients import sensitivities
@@ -234,10 +234,12 @@ def _write_weights(job: Job, output: Output, directory: Path, journal: Journal, 
 def _start(job: Job, directory: Path, journal: Journal, chain: Chain) -> Streams | None:
     # What an interrupted run left there.
     shutil.rmtree(directory / _GRADIENTS, ignore_errors=True)
-    if job.windows is None or journal.blocks == len(job.model.blocks):
+    if job.windows is None or journal.blocks == count_blocks(job.model, job.plan):
         return None
     batches = text.batches(job.windows)
     sensitive = None
     if job.options.loss_aware:
-        sensitive = sensitivities(job.model, batches, directory / _GRADIENTS, seed=job.options.seed)
+        has_head = count_blocks(job.model, job.plan) > len(job.model.blocks)
+        scratch = directory / _GRADIENTS
+        sensitive = sensitivities(job.model, batches, scratch, seed=job.options.seed, has_head=has_head)
     return Streams.of(job.model.start(batches), has_original=chain.needs_original, sensitive=sensitive)

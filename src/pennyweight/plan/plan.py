@@ -11,7 +11,8 @@ from pennyweight.schemes import Scheme
 @dataclass(frozen=True)
 class Plan:
     """schemes: site name -> scheme. kept: name of a site that stays in float -> why. changed: site name -> why its
-    scheme is not the one asked for. Every site of the model is in `schemes` or in `kept`; scale types are resolved."""
+    scheme is not the one asked for. Every site of the blocks is in `schemes` or in `kept`; the head, which nobody
+    expects to be quantized, may be in neither and then stays in float. Scale types are resolved."""
 
     schemes: Mapping[str, Scheme]
     kept: Mapping[str, str] = field(default_factory=dict)

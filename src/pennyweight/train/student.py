@@ -42,6 +42,7 @@ class Student:
         sites = [site for site in model.sites if site.name in weights]
         self.sites = {site.name: TrainedSite.of(site, _moved(weights[site.name], model.device)) for site in sites}
         self._vectors = _vectors(model)
+        self._block_of = {name: _block_of(model, name) for name in self._vectors}
         bits = _mean_bits(self.sites.values())
         self.masters: dict[str, Master] = {
             key: vector_master(model.checkpoint.read(key).to(model.device), bits=bits) for key in self._vectors.values()
@@ -66,7 +67,8 @@ class Student:
         for index in range(len(self.model.blocks)):
             with self._opened(index) as (block, _):
                 self.model.advance(block, index, stream)
-        with self.model.finishing(stream, given=self._outside()) as finish:
+        given = {name: leaf.value for name, leaf in self._leaves(len(self.model.blocks)).items()}
+        with self.model.finishing(stream, given=given) as finish:
 
             def one(number: int) -> float:
                 return float(teacher.loss(finish(number), batches[number])) / stream.input_ids[number].numel()
@@ -103,9 +105,9 @@ class Student:
     def _finished(self, teacher: Teacher, stream: Stream, batches: Sequence[int]) -> tuple[float, list[Tensor], Slopes]:
         """The loss, its gradient with respect to what the last block gives, and slopes outside the blocks."""
         tokens = sum(ids.numel() for ids in stream.input_ids)
-        given = self._outside()
         stream.hidden = [hidden.requires_grad_() for hidden in stream.hidden]
-        leaves = {name: _Leaf(value.requires_grad_()) for name, value in given.items()}
+        leaves = self._leaves(len(self.model.blocks))
+        given = {name: leaf.value.requires_grad_() for name, leaf in leaves.items()}
         with self.model.finishing(stream, given=given) as finish:
 
             def one(number: int) -> tuple[float, Tensor, Slopes]:
@@ -163,18 +165,22 @@ class Student:
     @contextmanager
     def _opened(self, index: int) -> Iterator[tuple[nn.Module, dict[str, _Leaf]]]:
         """Block `index` with its current weights, and those of its parameters that depend on masters."""
+        leaves = self._leaves(index)
+        with self.model.opened(index, given={name: leaf.value for name, leaf in leaves.items()}) as block:
+            yield block, leaves
+
+    def _leaves(self, index: int) -> dict[str, _Leaf]:
+        """Parameters of block `index` that depend on masters; behind the last block those of all that is outside."""
         places: dict[str, list[tuple[TrainedSite, Place]]] = {}
         for site in self.model.sites_of(index):
             if site.name in self.sites:
                 place = self.model.places[site.name]
                 places.setdefault(place.parameter, []).append((self.sites[site.name], place))
         leaves = {name: _Leaf(self._assembled(name, members), tuple(members)) for name, members in places.items()}
-        within = f"{self.model.blocks[index]}."
         for name, key in self._vectors.items():
-            if name.startswith(within):
+            if self._block_of[name] == index:
                 leaves[name] = _Leaf(self.masters[key].value.float())
-        with self.model.opened(index, given={name: leaf.value for name, leaf in leaves.items()}) as block:
-            yield block, leaves
+        return leaves
 
     def _assembled(self, name: str, members: Sequence[tuple[TrainedSite, Place]]) -> Tensor:
         """The parameter `name` made of decoded sites; what is no site keeps its stored values."""
@@ -186,12 +192,6 @@ class Student:
         for site, place in members:
             place.view(whole).copy_(site.weight.dequantize(torch.float32))
         return whole
-
-    def _outside(self) -> dict[str, Tensor]:
-        """Trained parameters outside the blocks."""
-        blocks = tuple(f"{block}." for block in self.model.blocks)
-        names = [name for name in self._vectors if not name.startswith(blocks)]
-        return {name: self.masters[self._vectors[name]].value.float() for name in names}
 
 
 def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
@@ -210,6 +210,12 @@ def _vectors(model: StreamedModel) -> dict[str, str]:
         if model.checkpoint.tensors[key].dtype in _STORED:
             found[name] = key
     return found
+
+
+def _block_of(model: StreamedModel, parameter: str) -> int:
+    """The block that it is in; their number where it is in none."""
+    inside = (index for index, name in enumerate(model.blocks) if parameter.startswith(f"{name}."))
+    return next(inside, len(model.blocks))
 
 
 def _mean_bits(sites: Iterable[TrainedSite]) -> float:
