@@ -175,15 +175,15 @@ class StreamedModel:
         assert self.head is not None
 
         def stop(x: Tensor) -> Any:
-            raise _Given(x)
+            raise _Enough(x)
 
         with self._patched({self.head.name: stop}), self.finishing(stream) as finish:
 
             def one(batch: int) -> None:
                 try:
                     finish(batch)
-                except _Given as found:
-                    stream.hidden[batch] = found.x
+                except _Enough as found:
+                    [stream.hidden[batch]] = found.args
                     return
                 raise ModelError(f"{type(self.module).__name__}: a pass over text does not run its output head")
 
@@ -375,14 +375,6 @@ class StreamedModel:
 
 class _Enough(Exception):
     """The forward pass has shown what it was run for."""
-
-
-class _Given(Exception):
-    """The forward pass has come to the head, with `x`."""
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.x = x
 
 
 def _set(module: nn.Module, path: str, parameter: Tensor) -> None:
