@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pennyweight.train.loss import distance, divergence, top_classes
+from pennyweight.pipeline.losses import distance
+from pennyweight.train.loss import divergence, top_classes
 
 # float32 sums over a vocabulary, in another order.
 CLOSE = 1e-5

@@ -15,7 +15,8 @@ from pennyweight.kernels.matmul import PRODUCTS, has_fast_linear, linear_f32
 # Told the names of sites and the input [..., in] that they are called with; says whether what the map would give is
 # needed by nobody: zeros then take its place.
 Seen = Callable[[list[str], Tensor], bool]
-# Told the names of sites and the output [..., out] that they give, as it is in the graph.
+# Told the names of sites and the output [..., out] that they give, as it is in the graph: that of a slice for each
+# matrix in it, that of a stack [experts, tokens, out] for all experts.
 Made = Callable[[list[str], Tensor], None]
 
 
@@ -53,7 +54,7 @@ class Watched:
 class Intercept(TorchFunctionMode):
     """While active in a thread: float32 linear maps on the CPU take the fastest exact path, parameters that are still
     on "meta" are read when they are first used, `seen(sites, x)` is called for each linear map with its input, in
-    the type in which the map is computed, and `made(sites, y)` for each but products of stacks with its output.
+    the type in which the map is computed, and `made(sites, y)` with its output, which is that of all of them.
     """
 
     def __init__(
@@ -153,8 +154,8 @@ class Intercept(TorchFunctionMode):
         return bool(names) and self._seen(names, x.detach())
 
     def _handed_on(self, weight: Any, out: Tensor) -> Tensor:
-        if self._watched is not None and self._made is not None and isinstance(weight, Tensor) and weight.ndim == 2:
-            names = self._watched.within(weight) if out.numel() else []
+        if self._watched is not None and self._made is not None and isinstance(weight, Tensor):
+            names = self._watched.within(weight) if weight.ndim in (2, 3) and out.numel() else []
             if names:
                 self._made(names, out)
         return out

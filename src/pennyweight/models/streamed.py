@@ -128,12 +128,14 @@ class StreamedModel:
 
     def differentiable(
         self, block: nn.Module, index: int, stream: Stream, batch: int, *,
-        weights: Sequence[Tensor] = (), watched: Watched | None = None, made: Made | None = None,
+        weights: Sequence[Tensor] = (), watched: Watched | None = None, seen: Seen | None = None,
+        made: Made | None = None,
     ) -> Tensor:  # fmt: skip
         """The output of block `index` for one batch, recorded for gradients where there are to be any. Linear maps with
-        one of the `weights` are computed as in calibration; `made` gets what those of `watched` sites give."""
+        one of the `weights` are computed as in calibration; `seen` gets what those of `watched` sites are called with,
+        and `made` what they give."""
         values = {id(weight): weight for weight in weights}
-        outer = Intercept(load=self._load, watched=watched, made=made)
+        outer = Intercept(load=self._load, watched=watched, seen=seen, made=made)
         with outer, Substituted(values, is_narrow=self.calibrates_in_bfloat16):
             return self._call(block, index, stream, batch)
 

@@ -11,22 +11,19 @@ input as one group).
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pennyweight.containers.weight_files import OpenWeightFiles, WeightFiles
-from pennyweight.core.files import check_space
 from pennyweight.core.parallel import parallel_map
-from pennyweight.models.base import Site, TensorInfo
-from pennyweight.models.intercept import Made
+from pennyweight.models.base import Site
+from pennyweight.models.intercept import Made, Seen
 from pennyweight.models.self_text import sampled
 from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.pipeline.kept import kept_states
 
 # How steeply weights follow s: the square root of s, of which one draw a token is a noisy estimate with a long tail.
 _POWER = 0.5
@@ -67,98 +64,137 @@ def sensitivities(
     """s of every site of the blocks but experts, for `batches` of windows [windows, tokens] of a decoder; with
     `has_head` of the head too.
 
+    `seed` is that of the tokens that are drawn; `scratch` as for `walk_back`.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def visit(index: int, stream: Stream, outer: Sequence[Tensor]) -> list[Tensor]:
+        sites = {site.name: site for site in model.sites_of(index) if site.kind != "expert"}
+        squares = [_Squares(sites) for _ in outer]
+        slopes = through_block(model, index, stream, outer, list(sites.values()), made=lambda n: squares[n].made)
+        found.update(_of_batches(sites, squares))
+        return slopes
+
+    heads = {site.name: site for site in model.sites if has_head and site.kind == "head"}
+    outputs = [_Squares(heads) for _ in batches]
+    walk_back(model, batches, scratch, seed=seed, visit=visit, made=(lambda n: outputs[n].made) if heads else None)
+    return Sensitivities(found | _of_batches(heads, outputs))
+
+
+def _of_batches(sites: Iterable[str], squares: Sequence[_Squares]) -> dict[str, list[Tensor]]:
+    """s by batch, of those `sites` that every batch has it of."""
+    parts = [one.found() for one in squares]
+    return {name: [part[name] for part in parts] for name in sites if all(name in part for part in parts)}
+
+
+# Given a block's index and slopes of what it gives, with what it is given in the stream: the slopes of that.
+Visit = Callable[[int, Stream, Sequence[Tensor]], list[Tensor]]
+
+
+def walk_back(model: StreamedModel, batches: Sequence[Tensor], scratch: Path, *, seed: int, visit: Visit,
+              made: Callable[[int], Made] | None = None) -> None:  # fmt: skip
+    """Run `batches` of windows [windows, tokens] through the model, then `visit` each opened block, last to first.
+
     The inputs of all blocks are kept in files in the directory `scratch`, which goes away: 2 bytes (4 of a float32
-    checkpoint) a token, channel and block. Then the blocks are run once more, last to first, each batch with its own
-    graph (Chen, Xu, Zhang, Guestrin, arXiv:1604.06174). `seed` is that of the tokens that are drawn.
+    checkpoint) a token, channel and block. On the way back blocks are run once more, each batch with its own graph
+    (Chen, Xu, Zhang, Guestrin, arXiv:1604.06174). `seed` is that of what is drawn; `made(batch)` gets
+    what a head that is a site gives.
     """
     stream = model.start(batches)
-    with _kept(model, stream, scratch) as files:
+    with kept_states(model, stream, scratch, _kept_dtype(model)) as kept:
         for index in range(len(model.blocks)):
-            for batch, hidden in enumerate(stream.hidden):
-                files.write(f"{index}.{batch}", hidden.to("cpu", _kept_dtype(model)))
+            kept.put(index, stream)
             with model.opened(index) as block:
                 model.advance(block, index, stream)
-        outer, found = _slopes_of_loss(model, stream, seed=seed, head=model.head if has_head else None)
+        outer = _slopes_of_loss(model, stream, seed=seed, made=made)
         for index in reversed(range(len(model.blocks))):
-            outer, of_block = _back(model, index, stream, outer, files)
-            found |= of_block
-    return Sensitivities(found)
-
-
-@contextmanager
-def _kept(model: StreamedModel, stream: Stream, scratch: Path) -> Iterator[OpenWeightFiles]:
-    """Files for what each batch is at the beginning of each block."""
-    dtype = _kept_dtype(model)
-    layout = WeightFiles.plan(
-        {
-            f"{index}.{batch}": TensorInfo(dtype, tuple(hidden.shape))
-            for index in range(len(model.blocks))
-            for batch, hidden in enumerate(stream.hidden)
-        }
-    )
-    scratch.mkdir()
-    try:
-        check_space(scratch, layout.size_bytes)
-        with layout.create(scratch) as files:
-            yield files
-    finally:
-        shutil.rmtree(scratch)
+            kept.take(index, stream)
+            with model.opened(index):
+                outer = visit(index, stream, outer)
 
 
 def _kept_dtype(model: StreamedModel) -> torch.dtype:
     """float32 where weights are; for weights of 16 bits bfloat16, whose range hidden states do not leave."""
-    sites = (site for site in model.sites if site.kind != "head")
-    is_wide = any(model.checkpoint.tensors[site.tensor].dtype == torch.float32 for site in sites)
+    is_wide = any(model.checkpoint.tensors[site.tensor].dtype == torch.float32 for site in model.sites)
     return torch.float32 if is_wide else torch.bfloat16
 
 
 def _slopes_of_loss(
-    model: StreamedModel, stream: Stream, *, seed: int, head: Site | None
-) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """dl / d(what the last block gives), a batch each, and s of the `head`."""
-    sites = [] if head is None else [head]
-    squares = [_Squares({site.name: site for site in sites}) for _ in stream.hidden]
-    with model.finishing(stream, made=(lambda batch: squares[batch].made) if sites else None) as finish:
+    model: StreamedModel, stream: Stream, *, seed: int, made: Callable[[int], Made] | None
+) -> list[Tensor]:
+    """dl / d(what the last block gives), a batch each.
+
+    Each window draws with a generator of its own, so that it does not matter how windows are put into batches.
+    """
+    counts = [ids.shape[0] for ids in stream.input_ids]
+    with model.finishing(stream, made=made) as finish:
 
         def one(batch: int) -> Tensor:
             hidden = stream.hidden[batch] = stream.hidden[batch].detach().requires_grad_()
+            first = seed + sum(counts[:batch])
+            generators = [torch.Generator().manual_seed(first + window) for window in range(counts[batch])]
+            loss_of = _drawn_loss if model.is_decoder else _projected_loss
             with torch.enable_grad():
-                logits = finish(batch).flatten(0, -2).float()
-                drawn = sampled(logits.detach(), torch.Generator().manual_seed(seed + batch))
-                loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+                loss = loss_of(finish(batch).float(), generators)
             [slope] = torch.autograd.grad(loss, hidden)
             return slope
 
-        slopes = parallel_map(one, range(len(stream.hidden)))
-    return slopes, _of_batches(sites, [batch.found() for batch in squares])
+        return parallel_map(one, range(len(stream.hidden)))
 
 
-def _of_batches(sites: Iterable[Site], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """s by batch, of those `sites` that every batch has it of."""
-    names = (site.name for site in sites)
-    return {name: [part[name] for part in parts] for name in names if all(name in part for part in parts)}
+def _drawn_loss(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """l for logits [windows, tokens, vocabulary]: the cross entropy with tokens drawn from softmax(logits)."""
+    drawn = [sampled(rows, generator) for rows, generator in zip(logits.detach(), generators, strict=True)]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), torch.cat(drawn), reduction="sum")
 
 
-def _back(
-    model: StreamedModel, index: int, stream: Stream, outer: Sequence[Tensor], files: OpenWeightFiles
-) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """From slopes of what block `index` gives to those of what it is given, and s of its sites."""
-    sites = {site.name: site for site in model.sites_of(index) if site.kind != "expert"}
-    with model.opened(index) as block:
-        watched = model.watched(list(sites.values()), is_narrow=False)
+def _projected_loss(hidden: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """The same of an encoder, for its last hidden states [windows, tokens, width], a window each:
 
-        def one(batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-            hidden = files.read(f"{index}.{batch}").to(model.device, torch.float32).requires_grad_()
-            stream.hidden[batch] = hidden
-            squares = _Squares(sites)
-            with torch.enable_grad():
-                out = model.differentiable(block, index, stream, batch, watched=watched, made=squares.made)
-            [slope] = torch.autograd.grad(out, hidden, outer[batch])
-            stream.hidden[batch] = hidden.detach()
-            return slope, squares.found()
+        l = sum over tokens of sqrt(2 / mean |t|²) <g, h>,    g ~ N(0, I),
 
-        parts = parallel_map(one, range(len(outer)))
-    return [slope for slope, _ in parts], _of_batches(sites.values(), [squares for _, squares in parts])
+    whose gradient's second moment is the second derivative of the distance |h - t|² / mean |t|² where h = t.
+    """
+    parts = []
+    for rows, generator in zip(hidden, generators, strict=True):
+        directions = torch.empty(rows.shape).normal_(generator=generator).to(rows.device)
+        size = rows.detach().square().sum(-1).mean()
+        parts.append((directions * rows).sum() * (2 / size).sqrt())
+    return torch.stack(parts).sum()
+
+
+def through_block(
+    model: StreamedModel,
+    index: int,
+    stream: Stream,
+    outer: Sequence[Tensor],
+    sites: Sequence[Site],
+    *,
+    made: Callable[[int], Made],
+    seen: Callable[[int], Seen] | None = None,
+) -> list[Tensor]:
+    """From slopes of what the opened block `index` gives to those of what it is given. `seen(batch)` gets what `sites`
+    are called with, `made(batch)` what they give."""
+    watched = model.watched(sites, is_narrow=False)
+
+    def one(batch: int) -> Tensor:
+        hidden = stream.hidden[batch] = stream.hidden[batch].detach().float().requires_grad_()
+        told = None if seen is None else seen(batch)
+        with torch.enable_grad():
+            out = model.differentiable(
+                model.module.get_submodule(model.blocks[index]),
+                index,
+                stream,
+                batch,
+                watched=watched,
+                seen=told,
+                made=made(batch),
+            )
+        [slope] = torch.autograd.grad(out, hidden, outer[batch])
+        stream.hidden[batch] = hidden.detach()
+        return slope
+
+    return parallel_map(one, range(len(outer)))
 
 
 @dataclass

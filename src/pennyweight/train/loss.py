@@ -40,8 +40,3 @@ def divergence(logits: Tensor, teacher: Tensor, tokens: Tensor, *, temperature: 
     known = teacher > -torch.inf
     terms = torch.where(known, teacher.exp() * (teacher.where(known, 0) - log_q.where(known, 0)), 0)
     return temperature**2 * terms.sum()
-
-
-def distance(hidden: Tensor, teacher: Tensor) -> Tensor:
-    """The sum over tokens of |h - t|² / mean |t|² for hidden states [tokens, width] of an encoder."""
-    return (hidden.float() - teacher).square().sum() / teacher.square().sum(-1).mean()

@@ -15,7 +15,8 @@ from pennyweight.core.files import check_space
 from pennyweight.core.parallel import parallel_map
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.train.loss import distance, divergence, top_classes
+from pennyweight.pipeline.losses import distance
+from pennyweight.train.loss import divergence, top_classes
 
 
 @dataclass(frozen=True)

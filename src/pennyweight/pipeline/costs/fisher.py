@@ -1,0 +1,133 @@
+"""The second-order divergence, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pennyweight.core.parallel import one_thread_per_operation, parallel_map
+from pennyweight.kernels.matmul import matmul_nt
+from pennyweight.models.base import Site
+from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.pipeline.collect import pool_of
+from pennyweight.pipeline.costs.base import Cost, CostGroup, Tell, asked_schemes, named_sites, summed, tell_nobody
+from pennyweight.pipeline.costs.pairs import Pair, Pairs
+from pennyweight.pipeline.costs.rounded import block_statistics, original_weights, rounded
+from pennyweight.pipeline.gradients import through_block, walk_back
+from pennyweight.solvers.base import Solver
+
+
+@dataclass(frozen=True)
+class FisherCost:
+    """c = 1/(2n) sum over tokens of (dz · E x)²,    dz = dl/dz,  z = W x,  E = W - Ŵ,
+
+    summed over a group's sites: the second-order KL of the n tokens, in nats, for l the cross entropy with tokens drawn
+    from the model's own prediction, without products of different tokens and of different sites (the Fisher information
+    of Amari, "Natural gradient works efficiently in learning", 1998, on the direction of the error). Of an encoder l is
+    a random projection of the last hidden states. One pass forwards and one backwards, and for each scheme one product
+    of the site's inputs with its error.
+
+    A site whose calls cannot be told, and an expert that saw no token, which counts as if it had seen one, are given
+    the mean curvature of the layer's experts, or of the block, in a random direction:
+
+        c = r/(2n) mean(|dz|² |x|²) |E|² / (in · out),    r its rows, at least 1.
+    """
+
+    name: str = "fisher"
+
+    @one_thread_per_operation()
+    def measure(
+        self,
+        model: StreamedModel,
+        batches: Sequence[Tensor],
+        groups: Sequence[CostGroup],
+        *,
+        solver: Solver,
+        seed: int,
+        scratch: Path,
+        tell: Tell = tell_nobody,
+    ) -> list[list[float]]:
+        """See Cost."""
+        asked, named = asked_schemes(groups), named_sites(model, groups)
+        costs: dict[tuple[str, str], float] = {}
+        tokens = sum(ids.numel() for ids in batches)
+
+        def visit(index: int, stream: Stream, outer: Sequence[Tensor]) -> list[Tensor]:
+            sites = {name: site for name, site in named.items() if site.block == index}
+            slopes, calls = _calls(model, index, stream, outer)
+            if sites:
+                block = model.module.get_submodule(model.blocks[index])
+                found = block_statistics(model, block, index, stream, hands_on=False)
+            for name, w in original_weights(model, sites).items():
+                for scheme in asked[name].values():
+                    e = w - rounded(sites[name], w, scheme, solver, found[name])
+                    costs[name, scheme.name] = calls.curvature(sites[name], e) / (2 * tokens)
+            tell(len(model.blocks) - index, len(model.blocks))
+            return slopes
+
+        walk_back(model, batches, scratch, seed=seed, visit=visit)
+        return summed(groups, costs)
+
+
+def _calls(model: StreamedModel, index: int, stream: Stream, outer: Sequence[Tensor]) -> tuple[list[Tensor], _Calls]:
+    """Slopes of what block `index` is given, and the calls of all its sites."""
+    sites = {site.name: site for site in model.sites_of(index)}
+    pairs = [Pairs(sites, model.places) for _ in outer]
+    slopes = through_block(
+        model, index, stream, outer, list(sites.values()), seen=lambda n: pairs[n].seen, made=lambda n: pairs[n].made
+    )
+    for one in pairs:
+        one.close()
+    known = {name: [pair for one in pairs for pair in one.found.get(name, [])] for name in sites}
+    rows = {name: sum(one.rows.get(name, 0) for one in pairs) for name in sites}
+    told = {name for one in pairs for name in one.found}
+    return slopes, _Calls.of(sites, {name: known[name] for name in sites if name in told}, rows)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of a block's sites.
+
+    pairs    site -> its calls, for those that can be told
+    rows     site -> rows that it was called with
+    sizes    pool of experts, "" for all sites -> mean of |dz|² |x|² over the rows of their calls
+    """
+
+    pairs: Mapping[str, Sequence[Pair]]
+    rows: Mapping[str, int]
+    sizes: Mapping[str, float]
+
+    @staticmethod
+    def of(sites: Mapping[str, Site], pairs: Mapping[str, Sequence[Pair]], rows: Mapping[str, int]) -> _Calls:
+        pools: dict[str, list[Pair]] = {"": []}
+        for name, parts in pairs.items():
+            pools[""].extend(parts)
+            if sites[name].kind == "expert":
+                pools.setdefault(pool_of(sites[name]), []).extend(parts)
+        return _Calls(pairs, rows, {pool: _mean_size(parts) for pool, parts in pools.items()})
+
+    def curvature(self, site: Site, e: Tensor) -> float:
+        """The sum over the site's rows of (dz · E x)²."""
+        if site.name not in self.pairs:
+            size = self.sizes.get(pool_of(site), self.sizes[""])
+            return max(1, self.rows[site.name]) * size * float(e.double().square().mean())
+        return math.fsum(parallel_map(lambda pair: _square(pair, e), self.pairs[site.name]))
+
+
+def _square(pair: Pair, e: Tensor) -> float:
+    """sum of (dz · E x)² over the rows; products in float32, summed in float64."""
+    return float(matmul_nt(pair.x.float(), e).mul_(pair.slopes).sum(-1).double().square().sum())
+
+
+def _mean_size(pairs: Sequence[Pair]) -> float:
+    """mean of |dz|² |x|² over the rows, 0 where there are none."""
+    rows = sum(pair.x.shape[0] for pair in pairs)
+    sizes = [(pair.x.double().square().sum(-1) * pair.slopes.double().square().sum(-1)).sum() for pair in pairs]
+    return math.fsum(float(size) for size in sizes) / max(rows, 1)
+
+
+PROVIDES: tuple[Cost, ...] = (FisherCost(),)

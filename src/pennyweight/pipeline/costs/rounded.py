@@ -1,0 +1,45 @@
+"""The weights that a solver makes of a site of the original model, on which every cost agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from pennyweight.models.base import Site
+from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.pipeline.chain import Chain
+from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
+from pennyweight.pipeline.solve import SolvedSite, check_finite, solve_site
+from pennyweight.schemes import Scheme
+from pennyweight.solvers.base import Solver
+
+
+def block_statistics(
+    model: StreamedModel, block: nn.Module, index: int, stream: Stream, *, hands_on: bool
+) -> dict[str, SiteStatistics]:
+    """Statistics of all sites of the opened block `index` on the original model's own inputs: those of an expert may be
+    blended with the others'. With `hands_on` the stream goes to the next block."""
+    streams = Streams.of(stream, has_original=True)
+    found = collect(model, block, model.sites_of(index), streams, hands_on=hands_on)
+    if hands_on and streams.original is not None:
+        stream.hidden = streams.original.hidden
+    return found
+
+
+def original_weights(model: StreamedModel, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """Copies of the matrices [out, in] of `sites` of the opened block; raises WeightError for NaN or infinity."""
+    weights = {name: model.matrix(site).clone().contiguous() for name, site in sites.items()}
+    for name, site in sites.items():
+        check_finite(weights[name], site.tensor)
+    return weights
+
+
+def solved(site: Site, w: Tensor, scheme: Scheme, solver: Solver, found: SiteStatistics) -> SolvedSite:
+    """What `solver` makes of `w` [out, in], and the error it recorded."""
+    return solve_site(site, w, scheme, Chain(solver, "search"), found)
+
+
+def rounded(site: Site, w: Tensor, scheme: Scheme, solver: Solver, found: SiteStatistics) -> Tensor:
+    """Ŵ float32 [out, in]: `w` as it would be read back."""
+    return solved(site, w, scheme, solver, found).weight.dequantize()
