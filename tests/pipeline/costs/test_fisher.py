@@ -1,0 +1,119 @@
+"""Second-order divergences against autograd through the whole model, and against the divergence itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pennyweight.core.registry import find
+from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline import gradients
+from pennyweight.pipeline.collect import SiteStatistics
+from pennyweight.pipeline.costs import fisher
+from pennyweight.pipeline.costs.base import CostGroup
+from pennyweight.schemes import Scheme, parse_scheme
+from pennyweight.solvers.nearest import Nearest
+from tests.models.families import FAMILIES, build, save, token_batches
+from tests.pipeline.costs.originals import calls_of, unlikeliest, weights_of
+
+# float32 through two blocks and back, squared.
+TOLERANCE = 1e-3
+SCHEME = parse_scheme("int4-channel-f32")
+# Second order, and a draw for each token: of the mean over the sites of a block.
+PREDICTED = 0.25
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    names = ("llama", "mixtral", "phi3", "gpt2", "llama4", "gpt-oss", "granite-moe", "bert")
+    return {
+        name: save(build(FAMILIES[name].architecture, FAMILIES[name].config), tmp_path_factory.mktemp(name))
+        for name in names
+    }
+
+
+def costs(model: StreamedModel, batches: list[Tensor], scratch: Path, *, name: str = "fisher") -> dict[str, float]:
+    groups = [CostGroup((site.name,), (SCHEME,)) for site in model.sites]
+    found = find("pipeline.costs", name).measure(
+        model, batches, groups, solver=Nearest(), seed=0, scratch=scratch / "kept"
+    )
+    return {group.sites[0]: cost for group, [cost] in zip(groups, found, strict=True)}
+
+
+@pytest.fixture
+def errors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """What the rounding of each site left, noted when it is asked for."""
+    found: dict[str, Tensor] = {}
+    original = fisher.rounded
+
+    def noted(site: object, w: Tensor, scheme: Scheme, solver: Nearest, statistics: SiteStatistics) -> Tensor:
+        result = original(site, w, scheme, solver, statistics)  # type: ignore[arg-type]
+        found[site.name] = w - result  # type: ignore[attr-defined]
+        return result
+
+    monkeypatch.setattr(fisher, "rounded", noted)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "phi3", "gpt2", "granite-moe"])
+def test_costs_are_those_of_autograd_through_the_whole_model(
+    directories: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    errors: dict[str, Tensor],
+    family: str,
+) -> None:
+    monkeypatch.setattr(gradients, "sampled", unlikeliest)
+    batches = token_batches()
+    found = costs(StreamedModel(directories[family]), batches, tmp_path)
+    calls = [calls_of(directories[family], batch) for batch in batches]
+    for name, cost in found.items():
+        rows = [pair for batch in calls for pair in batch[name]]
+        assert rows, name
+        squares = sum(float(((x @ errors[name].double().T) * dz).sum(1).square().sum()) for x, dz in rows)
+        assert cost == pytest.approx(squares / (2 * 4 * 20), rel=TOLERANCE), name
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "phi3", "gpt2", "llama4", "gpt-oss", "granite-moe", "bert"])
+def test_in_the_last_block_they_predict_the_divergence(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Nothing behind it can choose other experts, and its own router is not quantized."""
+    monkeypatch.setattr("tests.pipeline.costs.test_fisher.SCHEME", parse_scheme("int8-channel-f32"))
+    model = StreamedModel(directories[family])
+    batches = token_batches((16,) * 6)
+    predicted = costs(model, batches, tmp_path)
+    direct = costs(model, batches, tmp_path, name="direct")
+    # Attention comes before the block's router.
+    is_routed = any(site.kind == "expert" for site in model.sites)
+    ratios = [
+        predicted[site.name] / direct[site.name]
+        for site in model.sites_of(len(model.blocks) - 1)
+        if site.kind == "expert" or not is_routed
+    ]
+    mean = torch.tensor(ratios).log().mean().exp().item()
+    assert abs(mean - 1) < PREDICTED
+    assert all(0.3 < ratio < 3 for ratio in ratios)
+
+
+def test_experts_without_tokens_cost_what_one_row_in_a_random_direction_would(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: dict[str, Tensor]
+) -> None:
+    monkeypatch.setattr(gradients, "sampled", unlikeliest)
+    model = StreamedModel(directories["mixtral"])
+    [window] = token_batches((1,), length=2)
+    batch = window[:, :1]
+    found = costs(model, [batch], tmp_path)
+    calls = calls_of(directories["mixtral"], batch)
+    prefix = "model.layers.1.block_sparse_moe.experts."
+    seen = [name for name, pairs in calls.items() if name.startswith(prefix) and name.endswith("w2") and pairs]
+    unseen = [name for name, pairs in calls.items() if name.startswith(prefix) and name.endswith("w2") and not pairs]
+    assert (len(seen), len(unseen)) == (2, 2)
+    sizes = [float(x.square().sum() * dz.square().sum()) for name in seen for x, dz in calls[name]]
+    for name in unseen:
+        expected = sum(sizes) / 2 * float(errors[name].double().square().mean()) / 2
+        assert found[name] == pytest.approx(expected, rel=TOLERANCE)
+    assert set(weights_of(model)) == set(found)
