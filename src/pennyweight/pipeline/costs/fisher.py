@@ -1,4 +1,4 @@
-"""The second-order divergence, token by token."""
+"""The second-order divergence, from one pass forwards and one backwards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pennyweight.core.parallel import one_thread_per_operation, parallel_map
@@ -23,13 +24,21 @@ from pennyweight.solvers.base import Solver
 
 @dataclass(frozen=True)
 class FisherCost:
-    """c = 1/(2n) sum over tokens of (dz · E x)²,    dz = dl/dz,  z = W x,  E = W - Ŵ,
+    """c = 1/(2n) (sum over tokens of (dz · E (x - m))² + sum over outputs and windows of (E m)² mean (sum dz)²),
 
-    summed over a group's sites: the second-order KL of the n tokens, in nats, for l the cross entropy with tokens drawn
-    from the model's own prediction, without products of different tokens and of different sites (the Fisher information
-    of Amari, "Natural gradient works efficiently in learning", 1998, on the direction of the error). Of an encoder l is
-    a random projection of the last hidden states. One pass forwards and one backwards, and for each scheme one product
-    of the site's inputs with its error.
+    dz = dl/dz,  z = W x,  E = W - Ŵ,  m the mean of a window's inputs x, the last mean over windows, of the sum over a
+    window's tokens; summed over a group's sites. It stands for the second-order KL of the n tokens in nats,
+
+        1/(2n) sum over windows of (sum over tokens of dz · E x)²,
+
+    for l the cross entropy with tokens drawn from the model's own prediction: the Fisher information (Amari, "Natural
+    gradient works efficiently in learning", 1998) of W in the direction of the error. That sum is one square a window
+    and draw, too few to know its mean. Tokens are therefore taken one by one, but for what is the same in all of a
+    window, whose effects add up (in attention's values most of all); outputs of that part are taken one by one in their
+    turn, which needs fewer draws. Products of different sites are left out. Of an encoder l is a random projection of
+    the last hidden states. One pass forwards and one backwards, and for each scheme one product of the site's inputs
+    with its error. An expert's tokens are all taken one by one. How an error makes a router choose other experts has no
+    gradient, and is not seen.
 
     A site whose calls cannot be told, and an expert that saw no token, which counts as if it had seen one, are given
     the mean curvature of the layer's experts, or of the block, in a random direction:
@@ -76,7 +85,7 @@ class FisherCost:
 def _calls(model: StreamedModel, index: int, stream: Stream, outer: Sequence[Tensor]) -> tuple[list[Tensor], _Calls]:
     """Slopes of what block `index` is given, and the calls of all its sites."""
     sites = {site.name: site for site in model.sites_of(index)}
-    pairs = [Pairs(sites, model.places) for _ in outer]
+    pairs = [Pairs(sites, model.places, (ids.shape[0], ids.shape[1])) for ids in stream.input_ids]
     slopes = through_block(
         model, index, stream, outer, list(sites.values()), seen=lambda n: pairs[n].seen, made=lambda n: pairs[n].made
     )
@@ -115,12 +124,24 @@ class _Calls:
         if site.name not in self.pairs:
             size = self.sizes.get(pool_of(site), self.sizes[""])
             return max(1, self.rows[site.name]) * size * float(e.double().square().mean())
-        return math.fsum(parallel_map(lambda pair: _square(pair, e), self.pairs[site.name]))
+        pairs = self.pairs[site.name]
+        terms = parallel_map(lambda pair: _terms(pair, e), pairs)
+        windows = sum(pair.windows or 0 for pair in pairs)
+        means, slopes = (sum((part[n] for part in terms), e.new_zeros(1, dtype=torch.float64)) for n in (1, 2))
+        return math.fsum(float(part[0]) for part in terms) + float((means * slopes).sum()) / max(1, windows)
 
 
-def _square(pair: Pair, e: Tensor) -> float:
-    """sum of (dz · E x)² over the rows; products in float32, summed in float64."""
-    return float(matmul_nt(pair.x.float(), e).mul_(pair.slopes).sum(-1).double().square().sum())
+def _terms(pair: Pair, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of (dz · E (x - m))² over the rows, and over windows of (E m)² [out] and (sum dz)² [out]; without windows m
+    is 0. Products in float32, summed in float64."""
+    z, slopes = matmul_nt(pair.x.float(), e), pair.slopes
+    nothing = z.new_zeros(1, dtype=torch.float64)
+    if pair.windows is None:
+        return (z * slopes).sum(-1).double().square().sum(), nothing, nothing
+    z, slopes = (part.view(pair.windows, -1, part.shape[-1]) for part in (z, slopes))
+    mean = z.mean(1, keepdim=True)
+    squares = ((z - mean) * slopes).sum(-1).double().square().sum()
+    return squares, mean.double().square().sum((0, 1)), slopes.sum(1).double().square().sum(0)
 
 
 def _mean_size(pairs: Sequence[Pair]) -> float:

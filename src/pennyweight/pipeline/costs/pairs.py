@@ -13,22 +13,26 @@ from pennyweight.models.sites import Place
 
 @dataclass(frozen=True)
 class Pair:
-    """One call: rows `x` [rows, in] and dl/dz `slopes` [rows, out] for z = x Wᵀ."""
+    """One call: rows `x` [rows, in] and dl/dz `slopes` [rows, out] for z = x Wᵀ. The rows are those of so many
+    `windows`, one after the other; None: only some of their tokens', as an expert's."""
 
     x: Tensor
     slopes: Tensor
+    windows: int | None
 
 
 @dataclass
 class Pairs:
     """Collects the pairs of one batch: inputs as it runs, slopes while its graph is gone through backwards.
 
+    shape   windows of the batch, and tokens of each
     found   site -> its calls; none where the loss does not depend on what it gives
     rows    site -> rows that it was called with
     """
 
     sites: Mapping[str, Site]
     places: Mapping[str, Place]
+    shape: tuple[int, int]
     found: dict[str, list[Pair]] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     _given: dict[str, Tensor] = field(default_factory=dict)
@@ -57,7 +61,8 @@ class Pairs:
         def slope(dz: Tensor) -> None:
             for name, (index, columns) in parts.items():
                 own = (dz if index is None else dz[index])[..., columns].detach().float()
-                self.found[name].append(Pair(given[name], own.reshape(-1, own.shape[-1])))
+                windows = self._windows(name, given[name])
+                self.found[name].append(Pair(given[name], own.reshape(-1, own.shape[-1]), windows))
 
         out.register_hook(slope)  # type: ignore[no-untyped-call]
 
@@ -71,6 +76,11 @@ class Pairs:
         if place.rows is not None and place.rows[1] <= out.shape[-1]:
             return index, slice(*place.rows)
         return None
+
+    def _windows(self, name: str, x: Tensor) -> int | None:
+        windows, tokens = self.shape
+        is_whole = self.sites[name].kind != "expert" and x.shape[0] == windows * tokens
+        return windows if is_whole else None
 
     def close(self) -> None:
         """Let go of what only the pass itself needed."""
