@@ -151,8 +151,8 @@ def main() -> None:
             else:
                 found += measure(subject, windows=arguments.windows, work=work)
     legend = (
-        "Rank correlation (Spearman) with `direct` over all pairs of site and scheme, and over the sites in one scheme. "
-        "Solver: nearest. Seconds are of all sites and schemes together.\n"
+        "Rank correlation (Spearman) with `direct` over all pairs of site and scheme, and over the sites in one "
+        "scheme. Solver: nearest. Seconds are of all sites and schemes together.\n"
     )
     left_out = [f"- {name}: left out: {reason}" for name, reason in absent.items()]
     parts = [heading("Which cost ranks like the loss", facts), legend, _markdown(found), *left_out]

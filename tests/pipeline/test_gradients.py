@@ -132,6 +132,33 @@ def test_each_batch_draws_its_own_tokens(directories: dict[str, Path], tmp_path:
         assert not torch.equal(*parts)
 
 
+def test_how_windows_are_put_into_batches_does_not_change_what_they_draw(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    [batch] = token_batches((4,))
+    model = StreamedModel(directories["llama"])
+    made = [sensitivities(model, list(batch.split(size)), tmp_path / "kept", seed=0).squares for size in (4, 1)]
+    for name, parts in made[0].items():
+        one, other = torch.cat(list(parts)), torch.cat(list(made[1][name]))
+        assert (one - other).abs().max() <= TOLERANCE * one.max(), name
+
+
+def test_of_an_encoder_a_projection_stands_in_for_the_draw(tmp_path: Path) -> None:
+    """Its gradient's second moment is the second derivative of the distance."""
+    hidden = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    moments = torch.zeros(2, 3, 4, dtype=torch.float64)
+    draws = 4000
+    for seed in range(draws):
+        generators = [torch.Generator().manual_seed(2 * seed + window) for window in range(2)]
+        with torch.enable_grad():
+            [slope] = torch.autograd.grad(gradients._projected_loss(hidden, generators), hidden)
+        moments += slope.square() / draws
+    for window, moment in zip(hidden.detach(), moments, strict=True):
+        # Each of the 12 elements is a mean of 4000 squares of normal numbers.
+        expected = 2 / window.square().sum(-1).mean()
+        assert (moment / expected - 1).abs().max() < 0.15
+
+
 # -- weights ------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models import text
 from pennyweight.models.hub import resolve
 from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.pipeline.costs.cache import DIRECTORY
 from pennyweight.pipeline.sizes import tensor_bytes, weight_count
 
 # Rows of logits that are compared at once: bounds the memory of the float32 copies.
@@ -216,4 +217,6 @@ def _exp(nats: float) -> float:
 
 
 def directory_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes of a model's files; what is only kept beside them is none of it."""
+    files = (file for file in path.rglob("*") if file.is_file() and DIRECTORY not in file.relative_to(path).parts)
+    return sum(file.stat().st_size for file in files)

@@ -85,7 +85,7 @@ def cached_costs(
     tell: Tell = tell_nobody,
 ) -> list[list[float]]:
     """What `cost.measure` gives; only what is not known from before is measured. `inputs` are the SHA-256 of the
-    model's files by name."""
+    model's files by name; what reads other weights from them than they hold, a rotation, has an entry of its own."""
     cache = CostCache(model.path, _about(cost, model, batches, inputs=inputs, solver=solver, seed=seed))
     known = cache.read()
     missing = [group for group in (_unknown(group, known) for group in groups) if group.schemes]
