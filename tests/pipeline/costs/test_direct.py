@@ -73,6 +73,27 @@ def test_costs_are_the_divergences_of_the_changed_model(
             assert found == pytest.approx(divergence(directory, changes), rel=TOLERANCE)
 
 
+def test_a_site_is_rounded_alike_alone_and_behind_others_of_its_group(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On what the original blocks before it give, not on what the group's first block is given."""
+    put: list[Tensor] = []
+    original = direct.rounded
+
+    def noted(site, w, scheme, solver, found):  # type: ignore[no-untyped-def]
+        result = original(site, w, scheme, solver, found)
+        put.extend([result] if site.name == "model.layers.1.self_attn.o_proj" else [])
+        return result
+
+    monkeypatch.setattr(direct, "rounded", noted)
+    groups = [CostGroup(names, SCHEMES[:1]) for names in (GROUPS[2].sites, GROUPS[2].sites[:1])]
+    find("pipeline.costs", "direct").measure(
+        StreamedModel(directory), token_batches(), groups, solver=Nearest(), seed=0, scratch=tmp_path / "kept"
+    )
+    assert len(put) == 2
+    assert torch.equal(*put)
+
+
 @pytest.mark.parametrize("size", [0.1, 0.05])
 def test_linearity_is_the_divergence_under_noise_times_the_relative_error(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float
