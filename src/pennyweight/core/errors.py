@@ -2,6 +2,7 @@
 
 PennyweightError
 ├── UsageError (ValueError)          an option, a name or a combination that is not allowed
+│   └── BudgetError                  a size below that of the smallest plan
 ├── ShapeError (ValueError)          a tensor whose shape does not fit
 ├── WeightError (ValueError)         NaN or infinity in a weight
 ├── NotPositiveDefiniteError (ArithmeticError)   a Hessian that cannot be factorised
@@ -26,6 +27,21 @@ class PennyweightError(Exception):
 
 class UsageError(PennyweightError, ValueError):
     pass
+
+
+class BudgetError(UsageError):
+    """`asked` and `smallest` are bytes; `advice` says what would make smaller plans possible."""
+
+    def __init__(self, asked: int, smallest: int, advice: str = "") -> None:
+        super().__init__(asked, smallest, advice)
+        self.asked, self.smallest, self.advice = asked, smallest, advice
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.asked:,} bytes can't be reached with these constraints: "
+            f"the smallest plan takes {self.smallest:,} bytes"
+        )
+        return f"{text}; {self.advice}" if self.advice else text
 
 
 class ShapeError(PennyweightError, ValueError):
