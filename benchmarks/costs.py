@@ -24,7 +24,7 @@ from benchmarks.subjects import SUBJECTS, Subject
 from pennyweight.core.registry import find
 from pennyweight.models import text
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.costs.base import CostGroup
+from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import Scheme, parse_scheme
 from pennyweight.solvers.nearest import Nearest
 
@@ -65,7 +65,7 @@ def measure(subject: Subject, *, windows: int | None, work: Path) -> list[Ranked
     count = windows or _TOKENS // subject.length
     batches = text.batches(text.windows(documents, tokenizer, length=subject.length, count=count, seed=0))
     schemes = [parse_scheme(name).with_scale_dtype(_scale_dtype(model)) for name in SCHEMES[subject.name]]
-    groups = [CostGroup((site.name,), tuple(schemes)) for site in model.sites]
+    groups = [Candidates((site.name,), tuple(schemes)) for site in model.sites]
     found: dict[str, tuple[float, list[list[float]]]] = {}
     for name in COSTS:
         begun = time.perf_counter()
@@ -90,7 +90,7 @@ def _ranked(
     name: str,
     tokens: int,
     seconds: float,
-    groups: Sequence[CostGroup],
+    groups: Sequence[Candidates],
     schemes: Sequence[Scheme],
     costs: Sequence[Sequence[float]],
     truth: Sequence[Sequence[float]],

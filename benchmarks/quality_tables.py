@@ -110,8 +110,7 @@ def legend(versions: Mapping[str, Mapping[str, str]]) -> list[str]:
     if versions:
         lines.append(
             "- Peers: the same calibration tokens, their own defaults, judged by the same code. Their seconds are of "
-            "when they were run: results are kept. Recovery (`best` and what is recovered) draws up to 256 windows "
-            "from the same text, 225 of the built-in one."
+            "when they were run: results are kept."
         )
     for tool, numbers in versions.items():
         lines.append(f"- {tool}: {', '.join(f'{name} {number}' for name, number in numbers.items())}")

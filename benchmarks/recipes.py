@@ -49,12 +49,6 @@ NORMAL = Recipe(OURS, "normal", needs_data=True, options=("--effort", "normal"))
 # At 8 bits there is nothing left to learn.
 BEST = Recipe(OURS, "best", needs_data=True, options=("--effort", "best"), most_bits=4)
 RECOVERED = Recipe(OURS, "gptq, recovered", needs_data=True, options=("--solver", "gptq", "--recover"))
-RECOVERED_LONGER = Recipe(
-    OURS,
-    "gptq, recovered in 3 epochs",
-    needs_data=True,
-    options=("--solver", "gptq", "--recover", "--recover-epochs", "3"),
-)
 
 PEER_NEAREST = Recipe("llm-compressor", "nearest", needs_data=False)
 PEER_GPTQ = Recipe("llm-compressor", "gptq", needs_data=True)
@@ -115,7 +109,7 @@ SETTINGS = {
         Setting(
             "recovery-offset",
             "recovery on the same codes, asymmetric, scale and offset in float16",
-            (GPTQ, RECOVERED_LONGER),
+            (GPTQ, RECOVERED),
             GPTQ,
             ours_suffix="-offset-f16",
             is_dense=True,

@@ -56,7 +56,7 @@ _DATA_FREE: dict[tuple[Recipe, Recipe], float] = {
     (recipes.SELF, recipes.HQQ_MINMAX): 0.7,
 }
 _RECOVERY = {
-    "recovery-offset": (recipes.RECOVERED_LONGER, {"int4-g32": 0.8, "int3-g32": 0.75, "int2-g32": 0.7}),
+    "recovery-offset": (recipes.RECOVERED, {"int4-g32": 0.8, "int3-g32": 0.75, "int2-g32": 0.7}),
     "recovery": (recipes.RECOVERED, {"int4-g128": 0.92, "int3-g128": 0.88, "int2-g128": 0.85}),
 }
 

@@ -54,6 +54,53 @@ def test_quantize_says_what_happened(pennyweight: Command, model: Path, tmp_path
     assert "verified: none" in result.stdout
 
 
+def test_plan_prints_one_json_object_and_leaves_what_quantize_takes(
+    pennyweight: Command, model: Path, text: str, tmp_path: Path
+) -> None:
+    asked = ("--calibration", text, "--length", 24)
+    found = _json(pennyweight("plan", model, "--bpw", 12, "--out", tmp_path / "plan", *asked, "--json"))
+    assert found["files"] == ["plan.json", "frontier.json", "frontier.svg"]
+    assert found["smallest_bytes"] < found["size_bytes"] < found["largest_bytes"]
+    assert 11.85 < found["bpw"] <= 12
+    assert len(found["plan"]) == found["sites"] == 22
+    losses = [point["predicted_loss"] for point in found["frontier"]]
+    assert losses == sorted(losses, reverse=True)
+    given = ("--plan", tmp_path / "plan" / "plan.json", "--verify", "none", *asked)
+    made = _json(pennyweight("quantize", model, "--out", tmp_path / "out", *given, "--json"))
+    assert made["bpw"] == pytest.approx(found["bpw"], abs=1e-3)
+    words = pennyweight("plan", model, "--bpw", 12, *asked)
+    assert "predicted loss" in words.stdout
+    assert "--bpw 12: " in words.stdout
+    assert "down_proj: " in words.stdout
+    assert not any(name.name == "plan" for name in tmp_path.glob("plan/plan"))
+
+
+def test_a_budget_of_loss_is_kept_and_its_evidence_recorded(
+    pennyweight: Command, model: Path, text: str, tmp_path: Path
+) -> None:
+    asked = ("--calibration", text, "--length", 24, "--samples", 12, "--effort", "fast", "--verify", "none")
+    limit = 0.005
+    result = pennyweight("quantize", model, "--out", tmp_path / "out", "--max-kl", limit, *asked, "--json")
+    made = _json(result)
+    assert result.stderr.count("trial: ") >= 2
+    record = json.loads((tmp_path / "out" / "pennyweight.json").read_text())
+    evidence = record["found"]["budget"]
+    held = [trial for trial in evidence["trials"] if trial["holds"]]
+    assert evidence["budget"] == "--max-kl 0.005"
+    assert held
+    assert all((trial["upper"] <= limit) == trial["holds"] for trial in evidence["trials"])
+    assert all(trial["loss"] < trial["upper"] for trial in evidence["trials"])
+    assert evidence["tokens"] == 24 * evidence["windows"] > 0
+    # What was written is the smallest plan that held.
+    assert made["bpw"] < 32
+    assert record["recipe"]["plan"]
+    found = _json(
+        pennyweight("evaluate", tmp_path / "out", "--against", model, "--text", text, "--length", 24, "--json")
+    )
+    assert found["kl_mean"] <= limit
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_evaluate_prints_one_json_object(pennyweight: Command, model: Path, artefact: Path, text: str) -> None:
     found = _json(pennyweight("evaluate", artefact, "--against", model, "--text", text, "--length", 24, "--json"))
     promised = {"perplexity", "reference_perplexity", "kl_mean", "kl_stderr", "top1_agreement", "tokens", "context",
@@ -101,7 +148,7 @@ def test_run_continues_a_prompt(pennyweight: Command, artefact: Path) -> None:
     [
         (("quantize", "nowhere/at/all", "--out", "out"), 1, "there is no such path"),
         (("quantize", "MODEL", "--out", "out", "--scheme", "int4"), 2, "'int4' is not the name of a scheme"),
-        (("quantize", "MODEL", "--out", "out", "--scheme", "int4-g16", "--bits", "4"), 2, "exclude each other"),
+        (("quantize", "MODEL", "--out", "out", "--scheme", "int4-g16", "--bits", "4"), 2, "give one of"),
         (("quantize", "MODEL", "--out", "out", "--bits", "9"), 2, "--bits"),
         (("quantize", "MODEL", "--out", "out", "--solver", "magic"), 2, "choose|gptq, gptq-refined"),
         (("quantize", "MODEL", "--out", "out", "--fit", "best"), 2, "--fit best"),
@@ -116,6 +163,16 @@ def test_run_continues_a_prompt(pennyweight: Command, artefact: Path) -> None:
         (("quantize", "MODEL", "--out", "far/away"), 2, "far does not exist"),
         (("quantize", "MODEL", "--out", "out", "--for", "vllm", "--bits", 3, "--solver", "nearest"), 1, "4 and 8 bits"),
         (("quantize", "MODEL"), 2, "--out"),
+        (("quantize", "MODEL", "--out", "out", "--size", "4 apples"), 2, "4GB"),
+        (("quantize", "MODEL", "--out", "out", "--size", "4GB", "--bits", "4"), 2, "give one of"),
+        (("quantize", "MODEL", "--out", "out", "--size", "1KB", "--length", "24"), 2, "the smallest plan takes"),
+        (("quantize", "MODEL", "--out", "out", "--plan", "no.json"), 2, "no.json cannot be read"),
+        (("quantize", "MODEL", "--out", "out", "--keep", "*.nothing"), 2, "--keep *.nothing: no site"),
+        (("quantize", "MODEL", "--out", "out", "--at", "*.q_proj"), 2, "GLOB=SCHEME"),
+        (("quantize", "MODEL", "--out", "out", "--max-kl", "0.1", "--length", 24, "--samples", 99999), 1, "calibrat"),
+        (("plan", "MODEL", "--size", "4GB", "--bpw", "3"), 2, "--size and --bpw exclude"),
+        (("plan", "MODEL", "--out", "MODEL", "--bpw", "12"), 2, "is not an empty directory"),
+        (("plan", "nowhere/at/all"), 1, "there is no such path"),
         (("evaluate", "MODEL", "--against", "MODEL", "--text", "no.txt"), 1, "no.txt does not exist"),
         (("inspect",), 2, "name a model"),
         (("inspect", "nowhere/at/all"), 1, "there is no such path"),

@@ -14,7 +14,8 @@ from torch import Tensor
 from pennyweight.core.errors import UsageError, WeightError
 from pennyweight.core.registry import provided
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.costs.base import DEFAULT_COST, Cost, CostGroup
+from pennyweight.pipeline.costs.base import DEFAULT_COST, Cost
+from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import Scheme, parse_scheme
 from pennyweight.solvers.base import Solver
 from pennyweight.solvers.gptq import Gptq
@@ -45,14 +46,14 @@ def saved(family: str, directory: Path, **changes: Tensor) -> Path:
     return save(model, directory)
 
 
-def groups_of(model: StreamedModel, schemes: Sequence[Scheme | None] = SCHEMES) -> list[CostGroup]:
-    return [CostGroup((site.name,), tuple(schemes)) for site in model.sites]
+def groups_of(model: StreamedModel, schemes: Sequence[Scheme | None] = SCHEMES) -> list[Candidates]:
+    return [Candidates((site.name,), tuple(schemes)) for site in model.sites]
 
 
 def measured(
     cost: Cost,
     model: StreamedModel,
-    groups: Sequence[CostGroup],
+    groups: Sequence[Candidates],
     scratch: Path,
     *,
     batches: Sequence[Tensor] = BATCHES,
@@ -121,11 +122,11 @@ def test_neither_the_order_nor_the_other_groups_and_schemes_matter(
 ) -> None:
     groups = groups_of(models[family])
     found = measured(cost, models[family], groups, tmp_path)
-    turned = [CostGroup(group.sites, group.schemes[::-1]) for group in reversed(groups)]
+    turned = [Candidates(group.sites, group.schemes[::-1]) for group in reversed(groups)]
     again = measured(cost, models[family], turned, tmp_path)
     assert [row[::-1] for row in reversed(again)] == found
     for number in (2, len(groups) - 1):
-        alone = CostGroup(groups[number].sites, groups[number].schemes[1:2])
+        alone = Candidates(groups[number].sites, groups[number].schemes[1:2])
         assert measured(cost, models[family], [alone], tmp_path) == [found[number][1:2]]
 
 
@@ -150,8 +151,8 @@ def test_a_weight_that_the_scheme_holds_exactly_costs_nothing(cost: Cost, tmp_pa
     scheme = parse_scheme("int8-g8-f32")
     solver = Nearest(fit="minmax")
     [row, other] = measured(cost, model, [
-        CostGroup((name,), (scheme, parse_scheme("int4-g8-f32"))),
-        CostGroup(("model.layers.0.self_attn.k_proj",), (scheme,)),
+        Candidates((name,), (scheme, parse_scheme("int4-g8-f32"))),
+        Candidates(("model.layers.0.self_attn.k_proj",), (scheme,)),
     ], tmp_path, solver=solver)  # fmt: skip
     assert row[0] <= 1e-9 < row[1]
     assert other[0] > 1e-9
@@ -171,17 +172,31 @@ def test_experts_have_costs_and_so_have_those_that_see_no_token(
 
 
 @every_cost
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        ("lm_head", "model.layers.0.mlp.down_proj"),
+    ],
+)
 def test_a_group_over_several_blocks_is_measured_as_one(
-    cost: Cost, models: dict[str, StreamedModel], tmp_path: Path
+    cost: Cost, models: dict[str, StreamedModel], tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     model = models["llama"]
-    names = tuple(site.name for site in model.sites if "down_proj" in site.name)
-    assert len(names) == 2
     scheme = (parse_scheme("int8-g8-f32"),)
-    groups = [CostGroup(names, scheme), *(CostGroup((name,), scheme) for name in names)]
+    groups = [Candidates(names, scheme), *(Candidates((name,), scheme) for name in names)]
     [[both], [one], [other]] = measured(cost, model, groups, tmp_path)
     assert both == pytest.approx(one + other, rel=0.5)
     assert both > max(one, other)
+
+
+@every_cost
+def test_an_untied_head_is_a_site_like_any_other(cost: Cost, models: dict[str, StreamedModel], tmp_path: Path) -> None:
+    assert groups_of(models["llama"])[-1].sites == ("lm_head",)
+    assert all(group.sites != ("lm_head",) for group in groups_of(models["gpt2"]))
+    broken = StreamedModel(saved("llama", tmp_path / "model", lm_head__weight=torch.full((100, 32), math.nan)))
+    with pytest.raises(WeightError, match=r"lm_head\.weight"):
+        measured(cost, broken, [Candidates(("lm_head",), SCHEMES)], tmp_path)
 
 
 @every_cost
@@ -199,8 +214,8 @@ def test_any_solver_makes_the_error(cost: Cost, models: dict[str, StreamedModel]
 
 @every_cost
 def test_a_site_that_is_not_there_is_named(cost: Cost, models: dict[str, StreamedModel], tmp_path: Path) -> None:
-    group = CostGroup(("model.layers.9.mlp.down_proj",), SCHEMES)
-    with pytest.raises(UsageError, match=r"model\.layers\.9\.mlp\.down_proj: not among the 14 sites"):
+    group = Candidates(("model.layers.9.mlp.down_proj",), SCHEMES)
+    with pytest.raises(UsageError, match=r"model\.layers\.9\.mlp\.down_proj: not among the 15 sites"):
         cost.measure(models["llama"], BATCHES, [group], solver=NEAREST, seed=0, scratch=tmp_path / "kept")
 
 
@@ -212,7 +227,7 @@ def test_a_weight_that_is_no_number_is_named(cost: Cost, tmp_path: Path) -> None
         cost.measure(
             model,
             BATCHES,
-            [CostGroup(("model.layers.1.self_attn.q_proj",), SCHEMES)],
+            [Candidates(("model.layers.1.self_attn.q_proj",), SCHEMES)],
             solver=NEAREST,
             seed=0,
             scratch=tmp_path / "kept",

@@ -29,7 +29,7 @@ from pennyweight.solvers.qronos import Qronos
 from tests.pipeline import tiny
 from tests.pipeline.tiny import OPTIONS, VOCABULARY
 
-WITH_HEAD = replace(OPTIONS, head="int8-g16")
+WITH_HEAD = replace(OPTIONS, at=("lm_head=int8-g16",))
 BLOCKS = 3
 # A Hessian that was summed by another library moves few codes, each to a neighbour.
 SAME_CODES = 0.995
@@ -59,7 +59,7 @@ def head_inputs(path: Path, windows: Tensor) -> Tensor:
 def test_codes_are_those_of_the_solver_on_what_both_models_give_the_head(
     model: Path, tmp_path: Path, solver: Gptq | Qronos, name: str
 ) -> None:
-    options = replace(OPTIONS, head="int4-g16", solver=name)
+    options = replace(OPTIONS, at=("lm_head=int4-g16",), solver=name)
     job = prepare(str(model), options, None)
     assert job.windows is not None
     out = tmp_path / "out"
@@ -97,7 +97,13 @@ def test_transformers_computes_with_our_weights(
 ) -> None:
     source = tiny.llama(tmp_path / "model", dtype=dtype)
     report = quantize(
-        source, tmp_path / "out", scheme=scheme, head=head, effort="fast", calibration=(tiny.words(),), samples=8
+        source,
+        tmp_path / "out",
+        scheme=scheme,
+        at=[f"lm_head={head}"],
+        effort="fast",
+        calibration=(tiny.words(),),
+        samples=8,
     )
     assert report.verified == "full"
     assert report.verification["largest_difference"] == 0
@@ -152,10 +158,10 @@ def test_it_is_told_recorded_and_said_in_the_card(model: Path, tmp_path: Path) -
     assert record.rows == OPTIONS.samples * OPTIONS.length
     assert record.error > 0
     found = json.loads((tmp_path / "out" / "pennyweight.json").read_text())
-    assert found["recipe"]["head"] == "int8-g16"
+    assert found["recipe"]["plan"]["lm_head"] == "int8-g16-f32"
     assert found["plan"]["schemes"]["lm_head"] == "int8-g16-f32"
     assert found["sites"][-1]["name"] == "lm_head"
-    assert "that of the output head as `int8-g16`" in (tmp_path / "out" / "README.md").read_text()
+    assert "`int4-g16-f32` and `int8-g16-f32`" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("block", [BLOCKS - 1, BLOCKS])
@@ -234,10 +240,12 @@ def test_a_tied_head_can_be_quantized_once_a_rotation_has_untied_it(tmp_path: Pa
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] = torch.linspace(0.5, 1.5, 32)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"--head int8-g16: lm_head shares its weight with model.embed_tokens.weight"):
+    with pytest.raises(
+        UsageError, match=r"--at lm_head=int8-g16: lm_head shares its weight with model.embed_tokens.weight"
+    ):
         tiny.run(source, tmp_path / "out", WITH_HEAD)
     report = quantize(
-        source, tmp_path / "out", scheme="int4-g16", head="int8-g16", effort="fast", rotate=True, recover=True,
+        source, tmp_path / "out", scheme="int4-g16", at=["lm_head=int8-g16"], effort="fast", rotate=True, recover=True,
         calibration=(tiny.words(2000),), length=24,
     )  # fmt: skip
     assert (report.verified, report.sites) == ("full", 22)
@@ -246,8 +254,8 @@ def test_a_tied_head_can_be_quantized_once_a_rotation_has_untied_it(tmp_path: Pa
 
 def test_what_cannot_be_is_refused_with_a_reason(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the name of a scheme"):
-        replace(OPTIONS, head="int99").check()
-    with pytest.raises(ContainerError, match="cannot hold this output head: lm_head: vLLM reads"):
+        replace(OPTIONS, at=("lm_head=int99",)).check()
+    with pytest.raises(ContainerError, match="lm_head cannot be int8-g16-f32: lm_head: vLLM reads"):
         tiny.run(model, tmp_path / "out", replace(WITH_HEAD, scheme="int4-g32", runtime="vllm"))
     with pytest.raises(ContainerError, match="zero points only by decoding every layer with one and the same scheme"):
         tiny.run(model, tmp_path / "out", replace(WITH_HEAD, scheme="int4-g16-asym"))
@@ -258,5 +266,5 @@ def test_an_encoder_has_no_head_to_quantize(tmp_path: Path) -> None:
     config = transformers.BertConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                      num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
     source = tiny.save(transformers.BertModel, config, tmp_path / "model")
-    with pytest.raises(UsageError, match="--head int8-g16: BertModel has no output head"):
+    with pytest.raises(UsageError, match="--at lm_head=int8-g16: BertModel has no output head"):
         tiny.run(source, tmp_path / "out", WITH_HEAD)

@@ -95,12 +95,13 @@ def test_a_transform_changes_norms_and_says_which_folds(model: Path, tmp_path: P
 
 
 def test_recovery_goes_on_from_the_norms_that_a_transform_has_left(model: Path, tmp_path: Path) -> None:
-    never = Settings(windows=120, rate=0.0, held_out=2, checks=1)
-    tiny.run(model, tmp_path / "plain", STEPS["awq"])
-    tiny.run(model, tmp_path / "out", STEPS["awq"], finish=Recovery(never))
+    never = Settings(rate=0.0, held_out=2, checks=1)
+    steps = replace(STEPS["awq"], samples=120)
+    tiny.run(model, tmp_path / "plain", steps)
+    tiny.run(model, tmp_path / "out", steps, finish=Recovery(never))
     plain, now = _tensors(tmp_path / "plain"), _tensors(tmp_path / "out")
     assert all(torch.equal(now[name], plain[name]) for name in plain)
-    tiny.run(model, tmp_path / "trained", STEPS["awq"], finish=Recovery(replace(never, rate=1e-3)))
+    tiny.run(model, tmp_path / "trained", steps, finish=Recovery(replace(never, rate=1e-3)))
     before, after = (_found(tmp_path / name) for name in ("out", "trained"))
     assert after["held_out_before"] == before["held_out_before"]
     assert after["held_out_after"] < after["held_out_before"]

@@ -72,25 +72,25 @@ def test_what_was_written_is_read_back_in_the_models_order(path: Path) -> None:
         Q: parse_scheme("uint4-g32-offset-uint6x8.f16"),
     }
     write(path, schemes)
-    assert read_plan_file(path, SITES) == schemes
-    assert list(read_plan_file(path, SITES)) == SITES
+    assert read_plan_file(path).schemes(SITES) == schemes
+    assert list(read_plan_file(path).schemes(SITES)) == SITES
     assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
 
 
 def test_three_lines_are_enough_and_later_ones_win(path: Path) -> None:
     hand_written(path, {"*": "int4-g128", "*.down_proj": "int6-g32", "lm_head": "keep"})
-    assert read_plan_file(path, SITES) == {Q: INT4, DOWN_0: INT6, DOWN_1: INT6, HEAD: None}
+    assert read_plan_file(path).schemes(SITES) == {Q: INT4, DOWN_0: INT6, DOWN_1: INT6, HEAD: None}
     hand_written(path, {"lm_head": "keep", "*.down_proj": "int6-g32", "*": "int4-g128"})
-    assert set(read_plan_file(path, SITES).values()) == {INT4}
+    assert set(read_plan_file(path).schemes(SITES).values()) == {INT4}
     hand_written(path, {"*": "int4-g128", DOWN_1: "keep", "model.layers.[01].mlp.*": "int6-g32", "lm_?ead": "int6-g32"})
-    assert read_plan_file(path, SITES) == {Q: INT4, DOWN_0: INT6, DOWN_1: INT6, HEAD: INT6}
+    assert read_plan_file(path).schemes(SITES) == {Q: INT4, DOWN_0: INT6, DOWN_1: INT6, HEAD: INT6}
     hand_written(path, dict.fromkeys(reversed(SITES), "keep"))
-    assert list(read_plan_file(path, SITES)) == SITES
+    assert list(read_plan_file(path).schemes(SITES)) == SITES
 
 
 def test_a_site_whose_name_looks_like_a_pattern_is_itself(path: Path) -> None:
     hand_written(path, {"*": "int4-g128", "experts[0]": "keep"})
-    assert read_plan_file(path, ["experts[0]", "experts0"]) == {"experts[0]": None, "experts0": INT4}
+    assert read_plan_file(path).schemes(["experts[0]", "experts0"]) == {"experts[0]": None, "experts0": INT4}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_site_whose_name_looks_like_a_pattern_is_itself(path: Path) -> None:
 )
 def test_entries_that_cannot_be_read_are_named(path: Path, sites: Any, says: str) -> None:
     with pytest.raises(UsageError, match=f"plan.json: .*{says}"):
-        read_plan_file(hand_written(path, sites), SITES)
+        read_plan_file(hand_written(path, sites)).schemes(SITES)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +128,12 @@ def test_entries_that_cannot_be_read_are_named(path: Path, sites: Any, says: str
 def test_files_that_are_no_plan_are_refused(path: Path, text: str, says: str) -> None:
     path.write_text(text)
     with pytest.raises(UsageError, match=f"plan.json.*{says}" if "plan.json" not in says else says):
-        read_plan_file(path, SITES)
+        read_plan_file(path).schemes(SITES)
 
 
 def test_a_file_that_is_not_there_or_not_text(path: Path) -> None:
     with pytest.raises(UsageError, match="plan.json cannot be read \\(No such file"):
-        read_plan_file(path, SITES)
+        read_plan_file(path).schemes(SITES)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="plan.json is not a plan file"):
-        read_plan_file(path, SITES)
+        read_plan_file(path).schemes(SITES)

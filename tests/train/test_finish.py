@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from pennyweight.evaluate import proved
 from pennyweight.evaluate.compare import evaluate
 from pennyweight.evaluate.verify import verify
+from pennyweight.pipeline.job import Job
 from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
-from pennyweight.pipeline.prepare import Job
 from pennyweight.train import finish
 from pennyweight.train.finish import Recovery
 from pennyweight.train.recover import Settings

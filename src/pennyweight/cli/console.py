@@ -6,9 +6,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pennyweight.evaluate.loss_budget import Trial
 
 
 def say(message: str) -> None:
@@ -86,6 +89,29 @@ class Bar:
             f"\r{self._label} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}  {self._clock.line(done, total)}  "
         )
         print(text, end=end, file=sys.stderr, flush=True)
+
+
+def cost_teller() -> Callable[[int, int], None]:
+    """Shows how far the measuring of costs is: a line at its end, and a bar on a terminal."""
+    clock, bar = Clock(), Bar("costs")
+
+    def tell(done: int, total: int) -> None:
+        bar.show(done, total)
+        if done == total:
+            say(f"costs measured  [{clock.line(done, total)}]")
+
+    return tell
+
+
+def trial_teller() -> Callable[[Trial], None]:
+    """A line for each plan that was tried for a budget of loss."""
+
+    def tell(trial: Trial) -> None:
+        verdict = "holds" if trial.holds else "loses too much"
+        found = f"loss {trial.loss:.4g}, at most {trial.upper:.4g}"
+        say(f"trial: {mebibytes(trial.size_bytes)} of tensors: {found}: {verdict}")
+
+    return tell
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

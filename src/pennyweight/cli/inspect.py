@@ -58,7 +58,7 @@ def _print(found: Inventory) -> None:
     print(f"outside the sites, kept in float: {found.other_weights:,} weights (embeddings, norms)")
     for site in found.sites:
         if site.kind == "head":
-            print(f"the output head, {site.name}, stays in float too unless it is given a scheme of its own (--head)")
+            print(f"the output head, {site.name}, stays in float too unless it is given a scheme of its own (--at)")
     for name, reason in found.refused.items():
         print(f"  not a site: {name}: {reason}")
 

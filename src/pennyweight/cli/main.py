@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from pennyweight import __version__
-from pennyweight.cli import demo, evaluate, inspect, quantize, run, verify
+from pennyweight.cli import demo, evaluate, inspect, plan, quantize, run, verify
 from pennyweight.cli.console import say
 from pennyweight.core.memory import keep_freed_memory
 
@@ -68,6 +68,7 @@ def _notes(error: BaseException) -> str:
 
 for _name, _command in (
     ("inspect", inspect.inspect),
+    ("plan", plan.plan),
     ("quantize", quantize.quantize),
     ("evaluate", evaluate.evaluate),
     ("verify", verify.verify),

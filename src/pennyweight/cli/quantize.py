@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pennyweight.cli.console import Bar, Clock, device_of, mebibytes, put_json, say, set_jobs
+from pennyweight.cli import options as shared
+from pennyweight.cli.console import (
+    Bar,
+    Clock,
+    cost_teller,
+    device_of,
+    mebibytes,
+    put_json,
+    say,
+    set_jobs,
+    trial_teller,
+)
 from pennyweight.core.hashing import Hashes
 from pennyweight.core.memory import settle_imports
 
@@ -20,19 +31,11 @@ if TYPE_CHECKING:
     from pennyweight.train.recover import Step
 
 
-_Model = Annotated[str, typer.Argument(help="Model directory or Hugging Face Hub id.")]
 _Out = Annotated[str, typer.Option(help="Directory to write; must be new or empty.")]
 _Scheme = Annotated[
     str | None, typer.Option(help="Short name: int4-g128, int4-g32-asym, nvfp4...  [default: int4-g128]")
 ]
-_Head = Annotated[
-    str | None, typer.Option(help="Scheme of an output head that is not tied to the embedding.  [default: float]")
-]
 _Bits = Annotated[int | None, typer.Option(min=2, max=8, help="Instead of --scheme: this width in groups of 128.")]
-_Runtime = Annotated[str, typer.Option("--for", help="What will read the result: transformers or vllm.")]
-_Effort = Annotated[
-    str, typer.Option(help="fast, normal or best: what the run may cost, and so which of the next steps it takes.")
-]
 _Rotate = Annotated[
     bool, typer.Option("--rotate", help="Rotate the residual stream first; a head that is tied is untied.")
 ]
@@ -46,68 +49,59 @@ _Staged = Annotated[
         "--staged/--no-staged", help="Calibrate each matrix behind the quantized ones before it in its block."
     ),
 ]
+_Plan = Annotated[str | None, typer.Option(help="Plan file: the scheme of each weight, chosen before.")]
 _Refine = Annotated[
     str | None, typer.Option(help="How those of a block are refined together: signed-gradient, sigmoid or none.")
 ]
 _Recover = Annotated[
     bool | None, typer.Option("--recover/--no-recover", help="Train scales and norms end to end at last.")
 ]
-_RecoverEpochs = Annotated[float, typer.Option(help="Passes of that training: 3 gain half as much again as 1.")]
+_RecoverEpochs = Annotated[float, typer.Option(help="Passes of that training over the calibration windows.")]
 _LossAware = Annotated[
     bool, typer.Option("--loss-aware/--no-loss-aware", help="Weigh tokens by how much the loss depends on them.")
 ]
 _Fit = Annotated[str, typer.Option(help="How scales are fitted: search or minmax.")]
-_Calibration = Annotated[
-    str | None,
-    typer.Option(
-        help="Text file, .jsonl, directory, built-in, self (the model writes it) or none.  "
-        "[default: built-in, none for a --solver that needs no data]"
-    ),
-]
-_Samples = Annotated[int, typer.Option(min=1, help="Calibration windows at most.")]
-_Length = Annotated[int, typer.Option(min=4, help="Tokens a window.")]
-_Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-_Jobs = Annotated[
-    int | None, typer.Option(min=1, help="Threads; the result does not depend on it.  [default: all cores]")
-]
 _Verify = Annotated[str, typer.Option(help="How the result is checked in its runtime: full, blocks or none.")]
-_Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def quantize(
-    model: _Model,
+    model: shared.Model,
     out: _Out,
     scheme: _Scheme = None,
     bits: _Bits = None,
-    head: _Head = None,
-    runtime: _Runtime = "transformers",
-    effort: _Effort = "normal",
+    size: shared.Size = None,
+    bpw: shared.Bpw = None,
+    max_kl: shared.MaxKl = None,
+    max_loss: shared.MaxLoss = None,
+    plan: _Plan = None,
+    keep: shared.Keep = None,
+    at: shared.At = None,
+    runtime: shared.Runtime = "transformers",
+    effort: shared.Effort = "normal",
     rotate: _Rotate = False,
     transform: _Transform = None,
     solver: _Solver = None,
     staged: _Staged = None,
     refine: _Refine = None,
     recover: _Recover = None,
-    recover_epochs: _RecoverEpochs = 1.0,
+    recover_epochs: _RecoverEpochs = 3.0,
     loss_aware: _LossAware = False,
     fit: _Fit = "search",
-    calibration: _Calibration = None,
-    samples: _Samples = 128,
-    length: _Length = 512,
-    seed: _Seed = 0,
-    device: _Device = "auto",
-    jobs: _Jobs = None,
+    calibration: shared.Calibration = None,
+    samples: shared.Samples = 128,
+    length: shared.Length = 512,
+    seed: shared.Seed = 0,
+    device: shared.Device = "auto",
+    jobs: shared.Jobs = None,
     verify: _Verify = "full",
-    trust_remote_code: _Trust = False,
-    as_json: _Json = False,
+    trust_remote_code: shared.Trust = False,
+    as_json: shared.Json = False,
 ) -> None:
     """Quantize a model, and verify it in its runtime.
 
     After a crash or Ctrl-C the same command continues where it was.
     """
-    _check(scheme, bits, verify)
+    _check(scheme, bits, verify, others=(size, bpw, max_kl, max_loss, plan))
     # Beside the imports, which take seconds.
     hashes = Hashes(sorted(Path(model).glob("*.safetensors")))
     gc.disable()
@@ -115,22 +109,24 @@ def quantize(
 
     set_jobs(jobs)
     report = job(
-        model, out, scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"), head=head, runtime=runtime,
+        model, out, scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"), size=size, bpw=bpw, max_kl=max_kl,
+        max_loss=max_loss, plan=plan, keep=keep or (), at=at or (), runtime=runtime,
         effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
         refine=refine, recover=recover, recover_epochs=recover_epochs,
         loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]
         calibration=calibration, samples=samples, length=length, seed=seed, device=device_of(device),
         trust_remote_code=trust_remote_code, verification=verify,  # type: ignore[arg-type]
-        tell=teller(), tell_step=step_teller(), hashes=hashes,
+        tell=teller(), tell_step=step_teller(), tell_cost=cost_teller(), tell_trial=trial_teller(),
+        hashes=hashes,
     )  # fmt: skip
     put_json(report) if as_json else _print(report)
 
 
-def _check(scheme: str | None, bits: int | None, verify: str) -> None:
+def _check(scheme: str | None, bits: int | None, verify: str, *, others: tuple[object, ...]) -> None:
     from pennyweight.core.errors import UsageError
 
-    if scheme and bits:
-        raise UsageError(f"--scheme {scheme} and --bits {bits} exclude each other: give one")
+    if sum(one is not None for one in (scheme, bits, *others)) > 1:
+        raise UsageError("give one of --scheme, --bits, --size, --bpw, --max-kl, --max-loss and --plan")
     if verify not in ("full", "blocks", "none"):
         raise UsageError(f"--verify {verify}: give full, blocks or none")
 

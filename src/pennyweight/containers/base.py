@@ -46,6 +46,9 @@ class Container(Protocol):
     def why_not_plan(self, plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtime: str) -> str | None:
         """The same for the plan as a whole: what `runtime` refuses or would load wrongly although each site is fine."""
 
+    def fused(self, sites: Sequence[Site], *, runtime: str) -> list[tuple[str, ...]]:
+        """Names of sites that must share a scheme because `runtime` makes one matrix of them; each at most once."""
+
     def entries(self, site: Site, scheme: Scheme) -> Mapping[str, TensorInfo]:
         """The tensors that will be written for `site`, exactly."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pennyweight.containers import compressed_tensors_floats as floats
 from pennyweight.containers.base import Container, ModelFacts
 from pennyweight.containers.compressed_tensors_floats import INTEGERS, layout_of
-from pennyweight.containers.compressed_tensors_rules import plan_refusal, site_refusal
+from pennyweight.containers.compressed_tensors_rules import fused_sites, plan_refusal, site_refusal
 from pennyweight.containers.compressed_tensors_targets import patterns
 from pennyweight.core.errors import ContainerError
 from pennyweight.kernels.packing import pack_int32, packed_words, unpack_int32
@@ -49,6 +49,9 @@ class CompressedTensors:
 
     def why_not_plan(self, plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtime: str) -> str | None:
         return plan_refusal(plan, sites, facts, runtime=runtime)
+
+    def fused(self, sites: Sequence[Site], *, runtime: str) -> list[tuple[str, ...]]:
+        return fused_sites(sites, runtime=runtime)
 
     def entries(self, site: Site, scheme: Scheme) -> Mapping[str, TensorInfo]:
         """The tensors of `site` by full name, in the order in which they are written."""

@@ -39,9 +39,7 @@ def plan_refusal(plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtim
     reason = _scale_type(plan, facts) or _decoded_type(plan, facts)
     if reason is not None:
         return reason
-    rules: tuple[PlanRule, ...] = (
-        (_fused_linears, _fused_experts) if runtime == "vllm" else (_experts, _mixed_with_zeros)
-    )
+    rules: tuple[PlanRule, ...] = (_fused,) if runtime == "vllm" else (_experts, _mixed_with_zeros)
     return next((reason for rule in rules if (reason := rule(plan, sites)) is not None), None)
 
 
@@ -194,19 +192,8 @@ def _mixed_with_zeros(plan: Plan, sites: Sequence[Site]) -> str | None:
     )
 
 
-def _fused_linears(plan: Plan, sites: Sequence[Site]) -> str | None:
-    by_name = {site.name: site for site in sites}
-    for site in sites:
-        parent, _, leaf = site.name.rpartition(".")
-        for other in _FUSED_WITH.get(leaf, ()):
-            reason = _differ(plan, site.name, f"{parent}.{other}") if f"{parent}.{other}" in by_name else None
-            if reason is not None:
-                return reason
-    return None
-
-
-def _fused_experts(plan: Plan, sites: Sequence[Site]) -> str | None:
-    for members in _experts_by_block(sites):
+def _fused(plan: Plan, sites: Sequence[Site]) -> str | None:
+    for members in fused_sites(sites, runtime="vllm"):
         for member in members[1:]:
             reason = _differ(plan, members[0], member)
             if reason is not None:
@@ -214,10 +201,28 @@ def _fused_experts(plan: Plan, sites: Sequence[Site]) -> str | None:
     return None
 
 
-def _experts_by_block(sites: Sequence[Site]) -> Iterator[list[str]]:
+def fused_sites(sites: Sequence[Site], *, runtime: str) -> list[tuple[str, ...]]:
+    """Sites that `runtime` gives one scheme: transformers all experts of the model, vLLM those of a block and the
+    linears that it merges."""
+    if runtime != "vllm":
+        experts = tuple(site.name for site in sites if site.kind == "expert")
+        return [experts] if len(experts) > 1 else []
+    return [*_merged_linears(sites), *(members for members in _experts_by_block(sites) if len(members) > 1)]
+
+
+def _merged_linears(sites: Sequence[Site]) -> Iterator[tuple[str, ...]]:
+    names = {site.name for site in sites if site.kind != "expert"}
+    for name in (site.name for site in sites if site.name in names):
+        parent, _, leaf = name.rpartition(".")
+        members = tuple(other for one in _FUSED_WITH.get(leaf, ()) if (other := f"{parent}.{one}") in names)
+        if len(members) > 1 and name == members[0]:
+            yield members
+
+
+def _experts_by_block(sites: Sequence[Site]) -> Iterator[tuple[str, ...]]:
     experts = sorted((site for site in sites if site.kind == "expert"), key=lambda site: site.block)
     for _, members in groupby(experts, key=lambda site: site.block):
-        yield [site.name for site in members]
+        yield tuple(site.name for site in members)
 
 
 def _differ(plan: Plan, one: str, other: str) -> str | None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pennyweight.core.hashing import Hashes
+from pennyweight.evaluate.planned import TellTrial, planned
 from pennyweight.evaluate.verify import Extent, verify
+from pennyweight.pipeline.costs.base import Tell as CostTell
+from pennyweight.pipeline.costs.base import tell_nobody
 from pennyweight.pipeline.effort import Effort
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.records import RunReport, Tell
+from pennyweight.pipeline.run import check_target
 from pennyweight.pipeline.run import quantize as run
+from pennyweight.plan.budget import parse_budget
+from pennyweight.plan.plan_file import plan_entries
 from pennyweight.schemes.fit import Fit
 from pennyweight.train.finish import Recovery
 from pennyweight.train.recover import Step
@@ -22,7 +30,13 @@ def quantize(
     out: str | Path,
     *,
     scheme: str = Options.scheme,
-    head: str | None = None,
+    size: str | int | None = None,
+    bpw: float | None = None,
+    max_kl: float | None = None,
+    max_loss: str | float | None = None,
+    plan: str | Path | Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
+    at: Sequence[str] = (),
     effort: Effort = Options.effort,
     rotate: bool = False,
     transform: str | None = None,
@@ -43,28 +57,40 @@ def quantize(
     verification: Extent = "full",
     tell: Tell = lambda done: None,
     tell_step: Callable[[Step], None] = lambda step: None,
+    tell_cost: CostTell = tell_nobody,
+    tell_trial: TellTrial = lambda trial: None,
     hashes: Hashes | None = None,
 ) -> RunReport:
     """Quantize a model directory or Hub id into the new directory `out`, verified.
 
-    `calibration` is a text file, a .jsonl, a directory, "built-in", "none", or the texts themselves; see Options for
-    the rest. `tell` hears of each block, `tell_step` of each step of recovery; `hashes` of the model's files may have
-    been begun. Returns what was done; raises PennyweightError, and then `out` does not exist.
+    One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity) and `plan` (a file,
+    or globs of sites -> schemes) stands in place of `scheme`; the rest as in Options. `tell` hears of blocks, the others
+    of steps of recovery, costs, plans tried. Raises PennyweightError, and then `out` does not exist.
     """
     options = Options(
-        scheme=scheme, head=head, runtime=runtime, effort=effort, rotate=rotate, transform=transform, solver=solver,
-        staged=staged, refine=refine, recover=recover, recover_epochs=recover_epochs, loss_aware=loss_aware, fit=fit,
+        scheme=scheme, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss),
+        plan=plan_entries(plan), keep=tuple(keep), at=tuple(at), runtime=runtime, effort=effort, rotate=rotate,
+        transform=transform, solver=solver, staged=staged, refine=refine, recover=recover,
+        recover_epochs=recover_epochs, loss_aware=loss_aware, fit=fit,
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),
         samples=samples, length=length, seed=seed, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
-    def prove(directory: Path) -> dict[str, Any]:
-        if runtime == "transformers" or verification == "none":
-            return verify(directory, extent=verification, trust_remote_code=trust_remote_code)
-        # What another runtime takes transformers may refuse to load, or load wrongly.
-        found = verify(directory, extent="blocks", trust_remote_code=trust_remote_code)
-        found["reason"] = f"decoded weight by weight; not verified in {runtime}, which was not run"
-        return found
+    evidence: dict[str, Any] = {}
+    if options.budget is not None and options.budget.is_of_loss:
+        chosen = planned(str(model), options, scratch=check_target(out).parent, tell=tell_cost, tell_trial=tell_trial)
+        options, evidence = replace(options, budget=None, keep=(), at=(), plan=chosen.entries), chosen.evidence
+    return run(
+        str(model), out, options, finish=Recovery.of(options, tell_step),
+        verify=partial(_proved, runtime=runtime, extent=verification, trust_remote_code=trust_remote_code),
+        tell=tell, tell_cost=tell_cost, evidence=evidence, hashes=hashes,
+    )  # fmt: skip
 
-    finish = Recovery.of(options, tell_step)
-    return run(str(model), out, options, finish=finish, verify=prove, tell=tell, hashes=hashes)
+
+def _proved(directory: Path, *, runtime: str, extent: Extent, trust_remote_code: bool) -> dict[str, Any]:
+    if runtime == "transformers" or extent == "none":
+        return verify(directory, extent=extent, trust_remote_code=trust_remote_code)
+    # What another runtime takes transformers may refuse to load, or load wrongly.
+    found = verify(directory, extent="blocks", trust_remote_code=trust_remote_code)
+    found["reason"] = f"decoded weight by weight; not verified in {runtime}, which was not run"
+    return found

@@ -55,8 +55,7 @@ class StreamedModel:
         self.path = path
         self.device = torch.device(device)
         self.trust_remote_code = trust_remote_code
-        raw = read_config_json(path)
-        self.checkpoint: Checkpoint = checkpoint or decoded(open_checkpoint(path), raw)
+        self.checkpoint: Checkpoint = checkpoint or decoded(open_checkpoint(path), read_config_json(path))
         with postponed():
             self.config = read_config(path, trust_remote_code=trust_remote_code)
             self.module = build(self.config, trust_remote_code=trust_remote_code)
@@ -93,10 +92,9 @@ class StreamedModel:
 
     def linear_names(self) -> tuple[str, ...]:
         """Modules of type nn.Linear that are no sites of the blocks: heads, routers, towers."""
-        sites = (site for site in self.sites if site.kind != "head")
-        owned = {self.places[site.name].parameter.removesuffix(".weight") for site in sites}
+        owned = {self.places[site.name].parameter for site in self.sites if site.kind != "head"}
         linear = (name for name, module in self.module.named_modules() if isinstance(module, nn.Linear))
-        return tuple(name for name in linear if name not in owned)
+        return tuple(name for name in linear if f"{name}.weight" not in owned)
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -193,14 +191,14 @@ class StreamedModel:
 
     @contextmanager
     def finishing(
-        self, stream: Stream, *, given: Mapping[str, Tensor] = MappingProxyType({}),
+        self, stream: Stream, *, given: Callable[[int], Mapping[str, Tensor]] = lambda batch: {},
         made: Callable[[int], Made] | None = None,
     ) -> Iterator[Callable[[int], Tensor]]:  # fmt: skip
         """A function that runs the part after the blocks on `stream.hidden[batch]`: logits [windows, tokens,
         vocabulary] of a decoder, the last hidden state of an encoder. It may be called from several threads.
 
-        `given` takes the place of parameters by name; gradients are recorded for what asks for them. `made(batch)` gets
-        what the head gives where that is a site."""
+        `given(batch)` takes the place of parameters by name; gradients are recorded for what asks for them.
+        `made(batch)` gets what the head gives where that is a site."""
         own = threading.local()
 
         def skip(*args: Any, **kwargs: Any) -> Any:
@@ -208,12 +206,13 @@ class StreamedModel:
 
         def finish(batch: int) -> Tensor:
             own.final = stream.hidden[batch]
-            with one_thread_per_operation(), self._intercept(None if made is None else made(batch)):
+            values = {id(self.module.get_parameter(name)): tensor for name, tensor in given(batch).items()}
+            outer = self._intercept(None if made is None else made(batch))
+            with one_thread_per_operation(), outer, Substituted(values):
                 out = self.module(**call_arguments(self.module, stream.input_ids[batch]))
             logits = getattr(out, "logits", None)
             return out.last_hidden_state if logits is None else logits  # type: ignore[no-any-return]
 
-        self._outside.update({id(self.module.get_parameter(name)): tensor for name, tensor in given.items()})
         try:
             with self._patched(dict.fromkeys(self.blocks, skip)):
                 yield finish
@@ -333,8 +332,8 @@ class StreamedModel:
 
     @contextmanager
     def opened(self, index: int, *, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory, float32; `given` takes the place of parameters by full name."""
-        name = self.blocks[index]
+        """Block `index`, or behind the last the head, in float32; `given` takes the place of parameters by name."""
+        name = self.blocks[index] if self.head is None else [*self.blocks, self.head.name][index]
         block = self.module.get_submodule(name)
         empty = dict(block.named_parameters())
         try:

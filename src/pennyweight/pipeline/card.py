@@ -30,7 +30,7 @@ def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: in
     card = _CARD.format(
         name=name,
         sites=len(plan.schemes),
-        scheme=_schemes(recipe),
+        scheme=_schemes(plan),
         solver=recipe.solver,
         data=_data(recipe),
         kept=len(plan.kept),
@@ -42,8 +42,9 @@ def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: in
     return _with_ours(front, name) + card + (f"\n---\n\n{body}" if body.strip() else "")
 
 
-def _schemes(recipe: Recipe) -> str:
-    return f"`{recipe.scheme}`" + (f", that of the output head as `{recipe.head}`" if recipe.head else "")
+def _schemes(plan: Plan) -> str:
+    names = [f"`{name}`" for name in dict.fromkeys(scheme.name for scheme in plan.schemes.values())]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _data(recipe: Recipe) -> str:

@@ -92,8 +92,10 @@ Visit = Callable[[int, Stream, Sequence[Tensor]], list[Tensor]]
 
 
 def walk_back(model: StreamedModel, batches: Sequence[Tensor], scratch: Path, *, seed: int, visit: Visit,
+              turn: Callable[[Stream], None] = lambda stream: None,
               made: Callable[[int], Made] | None = None) -> None:  # fmt: skip
-    """Run `batches` of windows [windows, tokens] through the model, then `visit` each opened block, last to first.
+    """Run `batches` of windows [windows, tokens] through the model, show `turn` what the last block gives, then `visit`
+    each opened block, last to first.
 
     The inputs of all blocks are kept in files in the directory `scratch`, which goes away: 2 bytes (4 of a float32
     checkpoint) a token, channel and block. On the way back blocks are run once more, each batch with its own graph
@@ -106,6 +108,7 @@ def walk_back(model: StreamedModel, batches: Sequence[Tensor], scratch: Path, *,
             kept.put(index, stream)
             with model.opened(index) as block:
                 model.advance(block, index, stream)
+        turn(stream)
         outer = _slopes_of_loss(model, stream, seed=seed, made=made)
         for index in reversed(range(len(model.blocks))):
             kept.take(index, stream)

@@ -1,4 +1,4 @@
-"""What the blocks of a model are given, kept in files on the way through them."""
+"""What the blocks of a model are given, and what the last one gives, kept in files on the way through them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pennyweight.models.streamed import Stream, StreamedModel
 
 @dataclass(frozen=True)
 class KeptStates:
-    """The hidden states [windows, tokens, width] of each batch at the beginning of each block, in `dtype`."""
+    """The hidden states [windows, tokens, width] of each batch before each block and behind the last, in `dtype`."""
 
     files: OpenWeightFiles
     dtype: torch.dtype
     device: torch.device
 
     def put(self, index: int, stream: Stream) -> None:
-        """Keep what block `index` is given."""
+        """Keep what block `index` is given; behind the last block, what that gives."""
         for batch, hidden in enumerate(stream.hidden):
             self.files.write(f"{index}.{batch}", hidden.detach().to("cpu", self.dtype))
 
     def take(self, index: int, stream: Stream) -> None:
-        """Give `stream` what block `index` was given, float32."""
+        """Give `stream` what was kept of `index`, float32."""
         for batch in range(len(stream.hidden)):
             stream.hidden[batch] = self.files.read(f"{index}.{batch}").to(self.device, torch.float32)
 
@@ -41,7 +41,7 @@ def kept_states(model: StreamedModel, stream: Stream, scratch: Path, dtype: torc
     layout = WeightFiles.plan(
         {
             f"{index}.{batch}": TensorInfo(dtype, tuple(hidden.shape))
-            for index in range(len(model.blocks))
+            for index in range(len(model.blocks) + 1)
             for batch, hidden in enumerate(stream.hidden)
         }
     )

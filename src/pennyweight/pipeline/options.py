@@ -11,6 +11,9 @@ from pennyweight.core.registry import find
 from pennyweight.models.text import BUILT_IN
 from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.effort import Effort, Steps, steps_of
+from pennyweight.plan.budget import Budget
+from pennyweight.plan.overrides import parse_overrides
+from pennyweight.plan.plan_file import PlanEntries
 from pennyweight.schemes import parse_scheme
 from pennyweight.schemes.fit import Fit
 
@@ -19,8 +22,10 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Options:
-    """scheme        short name, see `parse_scheme`
-    head          that of the output head; None: it stays in float
+    """scheme        short name, see `parse_scheme`: of every site, where there is neither a budget nor a plan
+    budget        what the result may take or lose: chooses the scheme of each site
+    plan          the scheme of each site, chosen before
+    keep, at      globs of sites that stay in float; GLOB=SCHEME for sites that get no other
     effort        what the run may cost: decides whatever of the next five is None
     rotate        whether the residual stream is rotated first, which changes nothing but how well it rounds
     transform     name of a transform of each block before it is solved, or "none"
@@ -41,7 +46,10 @@ class Options:
     """
 
     scheme: str = "int4-g128"
-    head: str | None = None
+    budget: Budget | None = None
+    plan: PlanEntries | None = None
+    keep: tuple[str, ...] = ()
+    at: tuple[str, ...] = ()
     effort: Effort = "normal"
     rotate: bool = False
     transform: str | None = None
@@ -49,7 +57,7 @@ class Options:
     staged: bool | None = None
     refine: str | None = None
     recover: bool | None = None
-    recover_epochs: float = 1.0
+    recover_epochs: float = 3.0
     loss_aware: bool = False
     fit: Fit = "search"
     runtime: str = "transformers"
@@ -63,8 +71,11 @@ class Options:
     def check(self) -> None:
         """Raises UsageError for what can be seen without the model."""
         parse_scheme(self.scheme)
-        if self.head is not None:
-            parse_scheme(self.head)
+        if self.budget is not None and self.plan is not None:
+            raise UsageError(f"{self.budget} and the plan {self.plan.source} exclude each other: give one")
+        if self.plan is not None and (self.keep or self.at):
+            raise UsageError(f"the plan {self.plan.source} decides every site: edit it in place of --keep and --at")
+        parse_overrides(self.keep, self.at)
         if self.fit not in get_args(Fit):
             raise UsageError(f"--fit {self.fit}: give {' or '.join(get_args(Fit))}")
         if self.effort not in get_args(Effort):
@@ -89,6 +100,11 @@ class Options:
         ):
             if is_asked:
                 raise UsageError(f"{option} needs calibration data: give --calibration FILE or built-in")
+
+    @property
+    def is_planned(self) -> bool:
+        """Sites may have different schemes."""
+        return bool(self.budget or self.plan or self.keep or self.at)
 
     @property
     def steps(self) -> Steps:

@@ -136,8 +136,7 @@ def carried_files(model: Path) -> list[Path]:
     )
 
 
-def write_config(model: Path, directory: Path, quantization_config: Mapping[str, Any], *, dtype: str,
-                 changes: Mapping[str, Any]) -> None:  # fmt: skip
+def config_text(model: Path, quantization_config: Mapping[str, Any], *, dtype: str, changes: Mapping[str, Any]) -> str:
     """config.json of the model with the container's `quantization_config` in place of any former one.
 
     `dtype` is what the scales were rounded for: the config says it, so that the runtime loads the model in no other.
@@ -152,7 +151,7 @@ def write_config(model: Path, directory: Path, quantization_config: Mapping[str,
     if not any(config.get(key) for key in ("dtype", "torch_dtype")):
         config["dtype"] = dtype
     config["quantization_config"] = dict(quantization_config)
-    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def carry(model: Path, files: Sequence[Path], directory: Path) -> None:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.core.files import write_text
-from pennyweight.core.hashing import sha256
 from pennyweight.core.version import versions
 from pennyweight.kernels.native import kernel_table
 from pennyweight.pipeline.card import model_card
+from pennyweight.pipeline.job import Job
 from pennyweight.pipeline.journal import NAME as JOURNAL_NAME
-from pennyweight.pipeline.output import carried_files, carry, write_config
-from pennyweight.pipeline.prepare import Job
+from pennyweight.pipeline.output import carried_files, carry, config_text
 from pennyweight.pipeline.records import RunReport, SiteRecord
 from pennyweight.pipeline.sizes import weight_count
 
@@ -24,19 +23,29 @@ _MEASURED = {"seconds", "peak_memory_bytes"}
 
 def write_sidecars(job: Job, directory: Path, records: Sequence[SiteRecord]) -> None:
     """Everything beside the weights but the record of the run."""
-    config = job.container.config(job.plan, job.model.sites, job.facts, runtime=job.options.runtime)
     carry(job.model.path, carried_files(job.model.path), directory)
+    write_text(directory / "config.json", config_of(job))
+    notes = sum(bool(record.notes) for record in records)
+    write_text(directory / "README.md", card_of(job, notes=notes))
+
+
+def config_of(job: Job) -> str:
+    """config.json."""
+    quantization = job.container.config(job.plan, job.model.sites, job.facts, runtime=job.options.runtime)
     changes = job.model.checkpoint.config_changes
-    write_config(job.model.path, directory, config, dtype=job.facts.dtype, changes=changes)
-    card = model_card(
-        job.model.path,
-        job.recipe,
-        job.plan,
-        name=job.model_name,
-        notes=sum(bool(record.notes) for record in records),
-        is_decoder=job.model.is_decoder,
-    )
-    write_text(directory / "README.md", card)
+    return config_text(job.model.path, quantization, dtype=job.facts.dtype, changes=changes)
+
+
+def card_of(job: Job, *, notes: int) -> str:
+    """README.md; `notes`: how many sites have some."""
+    is_decoder = job.model.is_decoder
+    return model_card(job.model.path, job.recipe, job.plan, name=job.model_name, notes=notes, is_decoder=is_decoder)
+
+
+def recorded_files(directory: Path) -> list[str]:
+    """Names of the files of an output whose hashes its record has."""
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file() and file.name not in _NOT_RECORDED)
+    return [str(file.relative_to(directory)) for file in files]
 
 
 def arithmetic(job: Job) -> dict[str, str]:
@@ -49,11 +58,13 @@ def arithmetic(job: Job) -> dict[str, str]:
 
 def run_report(job: Job, target: Path, records: Sequence[SiteRecord]) -> RunReport:
     """What can be said before the result is verified and measured."""
+    budget = job.options.budget
     sites = [site for site in job.model.sites if site.name in job.plan.schemes]
     bits = sum(job.plan.schemes[site.name].storage_bits(site.shape) for site in sites)
     tensor_bytes = sum(info.size_bytes for info in job.entries.values())
     return RunReport(
         out=str(target),
+        budget_bytes=None if budget is None or budget.kind != "size" else int(budget.value),
         bpw=round(8 * tensor_bytes / weight_count(job.model), 4),
         bpw_sites=round(bits / sum(site.weights for site in sites), 4),
         sites=len(sites),
@@ -65,15 +76,12 @@ def run_report(job: Job, target: Path, records: Sequence[SiteRecord]) -> RunRepo
 
 def run_record(
     job: Job,
-    directory: Path,
     records: Sequence[SiteRecord],
-    verification: dict[str, Any],
+    verification: Mapping[str, Any],
     found: Mapping[str, Mapping[str, Any]],
-    hashes: Mapping[str, str],
+    outputs: Mapping[str, str],
 ) -> dict[str, Any]:
-    """pennyweight.json: the same for the same inputs, however long it took; `hashes` of the weight files by name."""
-    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name not in _NOT_RECORDED]
-    names = [str(file.relative_to(directory)) for file in files]
+    """pennyweight.json: the same for the same inputs, however long it took; `outputs`: hashes of all files by name."""
     return {
         "recipe": job.recipe,
         "versions": versions(),
@@ -88,6 +96,6 @@ def run_record(
         "fallbacks": {record.name: record.notes for record in records if record.notes},
         "found": found,
         "unused_tensors": job.model.weights.unused,
-        "outputs": {name: hashes.get(name) or sha256(directory / name) for name in names},
+        "outputs": outputs,
         "verification": {key: value for key, value in verification.items() if key not in _MEASURED},
     }

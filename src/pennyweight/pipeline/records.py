@@ -21,10 +21,12 @@ class CalibrationRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """Everything needed to repeat a run; stored inside every output. `inputs` are the hashes of the model's files,
-    `finish` what changed the weights after the solver."""
+    `finish` what changed the weights after the solver, `plan` the scheme of each site where they were not all given
+    `scheme`, `budget` what chose them."""
 
     scheme: str
-    head: str | None
+    plan: Mapping[str, str] | None
+    budget: str | None
     effort: str
     rotate: bool
     transform: str

@@ -6,17 +6,18 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from pennyweight.containers.base import Container
 from pennyweight.containers.weight_files import OpenWeightFiles
 from pennyweight.core.errors import ContainerError, SpaceError, UsageError, WeightError
 from pennyweight.core.files import allocated_bytes, check_space, sync_directory, sync_files, to_json, write_text
-from pennyweight.core.hashing import Hashes
+from pennyweight.core.hashing import Hashes, sha256
 from pennyweight.core.memory import give_back_memory, peak_memory_bytes
 from pennyweight.core.parallel import allowed_threads, one_thread_per_operation
 from pennyweight.core.version import versions
@@ -24,13 +25,16 @@ from pennyweight.models import text
 from pennyweight.pipeline.blocks import count_blocks, run_blocks
 from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import Streams
+from pennyweight.pipeline.costs.base import Tell as CostTell
+from pennyweight.pipeline.costs.base import tell_nobody
 from pennyweight.pipeline.gradients import sensitivities
+from pennyweight.pipeline.job import Job
 from pennyweight.pipeline.journal import NAME as JOURNAL_NAME
 from pennyweight.pipeline.journal import Journal, only_writer, other_work_directories, work_directory
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import Output, carried_files
-from pennyweight.pipeline.prepare import Job, container_for, prepare
-from pennyweight.pipeline.record import arithmetic, run_record, run_report, write_sidecars
+from pennyweight.pipeline.prepare import container_for, prepare
+from pennyweight.pipeline.record import arithmetic, recorded_files, run_record, run_report, write_sidecars
 from pennyweight.pipeline.records import RunReport, SiteRecord, Tell
 
 __all__ = ["Finish", "container_for", "quantize"]
@@ -55,6 +59,7 @@ class Finish(Protocol):
 _FINISH = "finish"
 # The directory of what is kept while the model is differentiated.
 _GRADIENTS = "gradients"
+_NO_ROOM = "there was something to note, for which --size leaves no room"
 # Room for pennyweight.json, config.json and the model card beside the weights and the carried files.
 _SIDECARS_BYTES = 1 << 20
 # What each site adds to pennyweight.json, config.json and the journal.
@@ -73,32 +78,37 @@ def quantize(
     finish: Finish | None = None,
     verify: Verify | None = None,
     tell: Tell = lambda done: None,
+    tell_cost: CostTell = tell_nobody,
+    evidence: Mapping[str, Any] = MappingProxyType({}),
     hashes: Hashes | None = None,
 ) -> RunReport:
     """Quantize the model directory or Hub id `model` into the new directory `out`.
 
     Every finished block is journaled beside `out`; the same call after a crash continues there and ends with the same
     bytes. `finish` may change the weights once all blocks are written. `out` appears when it is complete and
-    `verify(directory)` has passed; what both return is recorded.
+    `verify(directory)` has passed; what both return is recorded, and the `evidence` for a plan chosen by trial.
     Raises PennyweightError of the kind that fits; then `out` does not exist.
     """
     started = time.perf_counter()
-    target = _check_target(out)
-    job = prepare(model, options, container, hashes)
+    target = check_target(out)
+    job = prepare(model, options, container, hashes, tell=tell_cost)
     if finish is not None:
         job = replace(job, recipe=replace(job.recipe, finish=finish.name))
     directory = work_directory(target, job.recipe, {**versions(), **arithmetic(job)})
     with _unfinished(directory), _room(target.parent):
         directory.mkdir(exist_ok=True)
         with only_writer(directory):
-            report = _make(job, target, directory, finish=finish, verify=verify, tell=tell, started=started)
+            report = _make(
+                job, target, directory, finish=finish, verify=verify, tell=tell, started=started, evidence=evidence
+            )
             sync_files(directory)
             _publish(directory, target)
     sync_directory(target.parent)
     return report
 
 
-def _check_target(out: str | Path) -> Path:
+def check_target(out: str | Path) -> Path:
+    """Where the output will be; raises UsageError where it cannot be there."""
     target = Path(out).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{out} exists and is not an empty directory: choose another --out, or remove it")
@@ -153,7 +163,7 @@ def _room(parent: Path) -> Iterator[None]:
 
 
 def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, verify: Verify | None, tell: Tell,
-          started: float) -> RunReport:  # fmt: skip
+          started: float, evidence: Mapping[str, Any]) -> RunReport:  # fmt: skip
     """Fill the work directory: weights, what travels with them, the records."""
     with _opened(job, target, directory) as files:
         journal = Journal.open(directory)
@@ -173,12 +183,21 @@ def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, ver
     give_back_memory()
     verification = verify(directory) if verify else {"verified": "none"}
     report.verified, report.verification = str(verification["verified"]), verification
-    record = run_record(job, directory, records, verification, journal.found, hashes)
-    write_text(directory / "pennyweight.json", to_json(record))
+    outputs = {name: hashes.get(name) or sha256(directory / name) for name in recorded_files(directory)}
+    found = {**journal.found, **({"budget": evidence} if evidence else {})}
     write_text(directory / "run.json", to_json(_measured(report)))
-    files_of_output = (file for file in directory.rglob("*") if file.is_file() and file.name != JOURNAL_NAME)
-    report.size_bytes = sum(file.stat().st_size for file in files_of_output)
+    # Should all notes be longer than anybody foresaw, a size that was promised comes first.
+    for notes in (records, [replace(record, notes=record.notes and (_NO_ROOM,)) for record in records]):
+        write_text(directory / "pennyweight.json", to_json(run_record(job, notes, verification, found, outputs)))
+        report.size_bytes = _output_bytes(directory)
+        if report.budget_bytes is None or report.size_bytes <= report.budget_bytes:
+            break
     return report
+
+
+def _output_bytes(directory: Path) -> int:
+    files = (file for file in directory.rglob("*") if file.is_file() and file.name != JOURNAL_NAME)
+    return sum(file.stat().st_size for file in files)
 
 
 def _finish(job: Job, output: Output, directory: Path, journal: Journal, finish: Finish) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pennyweight.plan.choices import KEEP
 from pennyweight.schemes import Scheme
 
 
@@ -17,3 +18,8 @@ class Plan:
     schemes: Mapping[str, Scheme]
     kept: Mapping[str, str] = field(default_factory=dict)
     changed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Site name -> the name of its scheme, or "keep"."""
+        return {site: scheme.name for site, scheme in self.schemes.items()} | dict.fromkeys(self.kept, KEEP)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -42,25 +43,55 @@ def write_plan_file(
     write_text(path, to_json(dict(zip(_KEYS, values, strict=True))))
 
 
-def read_plan_file(path: Path, sites: Sequence[str]) -> dict[str, Scheme | None]:
-    """The scheme that the file gives each of the model's `sites`, in their order; None: kept in float.
+@dataclass(frozen=True)
+class PlanEntries:
+    """What somebody gave each site: `entries` in their order, from the name or pattern of sites to the name of a scheme
+    or "keep". `source` is what messages call it."""
 
-    Raises UsageError for a file, a key, a site or a scheme that cannot be read, and for sites left without an entry.
-    """
-    schemes: dict[str, Scheme | None] = {}
-    known = set(sites)
-    for key, name in _entries(path).items():
-        matches = [key] if key in known else [site for site in sites if fnmatchcase(site, key)]
-        if not matches:
-            raise UsageError(f"{path}: the model has no site {key!r}; {_nearest(key, sites)}")
-        schemes |= dict.fromkeys(matches, _scheme(path, key, name))
-    missing = [site for site in sites if site not in schemes]
-    if missing:
-        raise UsageError(
-            f"{path}: {len(missing)} of {len(sites)} sites have no entry: {_some(missing)}. "
-            'Give each a scheme or "keep"; "*" as the first entry stands for all that no later one names'
-        )
-    return {site: schemes[site] for site in sites}
+    source: str
+    entries: Mapping[str, str]
+
+    def schemes(self, sites: Sequence[str]) -> dict[str, Scheme | None]:
+        """The scheme of each of the model's `sites`, in their order; None: kept in float.
+
+        Raises UsageError for a site or a scheme that is not known, and for sites left without an entry.
+        """
+        schemes: dict[str, Scheme | None] = {}
+        known = set(sites)
+        for key, name in self.entries.items():
+            matches = [key] if key in known else [site for site in sites if fnmatchcase(site, key)]
+            if not matches:
+                raise UsageError(f"{self.source}: the model has no site {key!r}; {_nearest(key, sites)}")
+            schemes |= dict.fromkeys(matches, self._scheme(key, name))
+        missing = [site for site in sites if site not in schemes]
+        if missing:
+            raise UsageError(
+                f"{self.source}: {len(missing)} of {len(sites)} sites have no entry: {_some(missing)}. "
+                'Give each a scheme or "keep"; "*" as the first entry stands for all that no later one names'
+            )
+        return {site: schemes[site] for site in sites}
+
+    def _scheme(self, key: str, name: object) -> Scheme | None:
+        if not isinstance(name, str):
+            raise UsageError(
+                f'{self.source}: {key}: {name!r} is not the name of a scheme, for example "int4-g128", or "keep"'
+            )
+        try:
+            return named_choice(name)
+        except UsageError as error:
+            raise UsageError(f"{self.source}: {key}: {error}") from error
+
+
+def plan_entries(given: str | Path | Mapping[str, str] | None) -> PlanEntries | None:
+    """Those of a plan file or of a mapping; raises UsageError for a file that cannot be read."""
+    if given is None:
+        return None
+    return PlanEntries("the plan", given) if isinstance(given, Mapping) else read_plan_file(Path(given))
+
+
+def read_plan_file(path: Path) -> PlanEntries:
+    """Raises UsageError for a file or a key of it that cannot be read."""
+    return PlanEntries(str(path), _entries(path))
 
 
 def _entries(path: Path) -> dict[str, Any]:
@@ -92,15 +123,6 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{key!r} is there twice; leave one of them")
         result[key] = value
     return result
-
-
-def _scheme(path: Path, key: str, name: Any) -> Scheme | None:
-    if not isinstance(name, str):
-        raise UsageError(f'{path}: {key}: {name!r} is not the name of a scheme, for example "int4-g128", or "keep"')
-    try:
-        return named_choice(name)
-    except UsageError as error:
-        raise UsageError(f"{path}: {key}: {error}") from error
 
 
 def _nearest(name: str, sites: Sequence[str]) -> str:

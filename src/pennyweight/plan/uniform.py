@@ -12,7 +12,7 @@ WhyNot = Callable[[Scheme, str], str | None]
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Fitted:
     scheme: Scheme | None
     reason: str = ""
 
@@ -28,7 +28,7 @@ def uniform_plan(shapes: Mapping[str, tuple[int, int]], scheme: Scheme, why_not:
     kept: dict[str, str] = {}
     changed: dict[str, str] = {}
     for name, shape in shapes.items():
-        choice = _choose(name, shape, scheme, why_not)
+        choice = fitting(name, shape, scheme, why_not)
         if choice.scheme is None:
             kept[name] = choice.reason
             continue
@@ -38,20 +38,20 @@ def uniform_plan(shapes: Mapping[str, tuple[int, int]], scheme: Scheme, why_not:
     return Plan(schemes, kept, changed)
 
 
-def _choose(name: str, shape: tuple[int, int], scheme: Scheme, why_not: WhyNot) -> _Choice:
+def fitting(name: str, shape: tuple[int, int], scheme: Scheme, why_not: WhyNot) -> Fitted:
     refusal = _refusal(name, shape, scheme, why_not)
     if refusal is None:
-        return _Choice(scheme)
+        return Fitted(scheme)
     if isinstance(scheme.granularity, PerGroup):
         for size in range(min(scheme.granularity.size, shape[1]), 1, -1):
             smaller = scheme.with_granularity(PerGroup(size))
             if smaller != scheme and shape[1] % size == 0 and why_not(smaller, name) is None:
-                return _Choice(smaller, refusal)
+                return Fitted(smaller, refusal)
     channel = scheme.with_granularity(PerChannel())
     last = why_not(channel, name)
     if last is None:
-        return _Choice(channel, refusal)
-    return _Choice(None, refusal if last == refusal else f"{refusal}; {last}")
+        return Fitted(channel, refusal)
+    return Fitted(None, refusal if last == refusal else f"{refusal}; {last}")
 
 
 def _refusal(name: str, shape: tuple[int, int], scheme: Scheme, why_not: WhyNot) -> str | None:

@@ -20,9 +20,10 @@ from pennyweight.core.files import sync_directory
 from pennyweight.models import text
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.job import Job
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import Output
-from pennyweight.pipeline.prepare import Job, calibration_windows
+from pennyweight.pipeline.windows import calibration_windows
 from pennyweight.pipeline.written import WrittenCheckpoint
 from pennyweight.train.recover import Recovered, Settings, Step, recover
 
@@ -54,7 +55,7 @@ class Recovery:
         """
         redo = scratch / _REDO
         if not redo.exists():
-            windows = _windows(job, self.settings)
+            windows = _windows(job)
             recovered = self._recovered(job, output, scratch, windows)
             _save(redo, _changed(job, output, recovered), _findings(recovered, windows))
         return _apply(redo, output)
@@ -89,10 +90,11 @@ def _sites(job: Job) -> list[Site]:
     return [site for site in job.model.sites if site.name in job.plan.schemes]
 
 
-def _windows(job: Job, settings: Settings) -> Tensor:
-    """Windows of the run's calibration text, of the built-in text where the run had none."""
-    source = job.options.calibration_source or text.BUILT_IN
-    windows = calibration_windows(job.model, replace(job.options, calibration=source), samples=settings.windows)
+def _windows(job: Job) -> Tensor:
+    """The run's calibration windows, as many of the built-in text where the run had none."""
+    if job.windows is not None:
+        return job.windows
+    windows = calibration_windows(job.model, replace(job.options, calibration=text.BUILT_IN))
     assert windows is not None
     return windows
 

@@ -27,8 +27,7 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Settings:
-    """windows      of calibration text, at most
-    epochs       passes over the windows that are trained on
+    """epochs       passes over the windows that are trained on
     batch        batches of windows (about 512 tokens each) a step
     rate         of Adam at its highest, in units of each number's own size at 4 bits: 0.001 moves a scale by a
                  thousandth a step, by two thousandths at 3 bits, by a two-thousandth at 5
@@ -41,8 +40,7 @@ class Settings:
     seed         of the order of batches
     """
 
-    windows: int = 256
-    epochs: float = 1.0
+    epochs: float = 3.0
     batch: int = 2
     rate: float = 1e-3
     warm_up: float = 0.1

@@ -68,7 +68,7 @@ class Student:
             with self._opened(index) as (block, _):
                 self.model.advance(block, index, stream)
         given = {name: leaf.value for name, leaf in self._leaves(len(self.model.blocks)).items()}
-        with self.model.finishing(stream, given=given) as finish:
+        with self.model.finishing(stream, given=lambda number: given) as finish:
 
             def one(number: int) -> float:
                 return float(teacher.loss(finish(number), batches[number])) / stream.input_ids[number].numel()
@@ -108,7 +108,7 @@ class Student:
         stream.hidden = [hidden.requires_grad_() for hidden in stream.hidden]
         leaves = self._leaves(len(self.model.blocks))
         given = {name: leaf.value.requires_grad_() for name, leaf in leaves.items()}
-        with self.model.finishing(stream, given=given) as finish:
+        with self.model.finishing(stream, given=lambda number: given) as finish:
 
             def one(number: int) -> tuple[float, Tensor, Slopes]:
                 with torch.enable_grad():

@@ -68,7 +68,7 @@ def calls_of(directory: Path, batch: Tensor) -> dict[str, list[tuple[Tensor, Ten
 def weights_of(model: StreamedModel) -> dict[str, Tensor]:
     """Site -> its matrix [out, in]."""
     found = {}
-    for index in range(len(model.blocks)):
+    for index in sorted({site.block for site in model.sites}):
         with model.opened(index):
             found.update({site.name: model.matrix(site).clone() for site in model.sites_of(index)})
     return found

@@ -15,8 +15,8 @@ from torch import Tensor
 from pennyweight.evaluate.compare import directory_bytes
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.costs import cache
-from pennyweight.pipeline.costs.base import CostGroup
 from pennyweight.pipeline.output import carried_files
+from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import parse_scheme
 from pennyweight.solvers.gptq import Gptq
 from pennyweight.solvers.nearest import Nearest
@@ -24,7 +24,7 @@ from tests.models.families import FAMILIES, build, save, token_batches
 
 TWO, THREE, FOUR = (parse_scheme(f"int{bits}-channel-f32") for bits in (2, 3, 4))
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
-GROUPS = [CostGroup((Q, K), (FOUR, None, THREE)), CostGroup(("model.layers.1.mlp.down_proj",), (THREE,))]
+GROUPS = [Candidates((Q, K), (FOUR, None, THREE)), Candidates(("model.layers.1.mlp.down_proj",), (THREE,))]
 EXPECTED = [[404.0, 0.0, 403.0], [1403.0]]
 INPUTS = {"model.safetensors": "abc"}
 
@@ -37,7 +37,7 @@ class Counting:
     name: str = "counting"
     asked: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list, repr=False)
 
-    def measure(self, model: StreamedModel, batches: Sequence[Tensor], groups: Sequence[CostGroup], **_: Any) -> Any:
+    def measure(self, model: StreamedModel, batches: Sequence[Tensor], groups: Sequence[Candidates], **_: Any) -> Any:
         found = []
         for group in groups:
             schemes = [scheme for scheme in group.schemes if scheme is not None]
@@ -53,7 +53,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StreamedModel:
     return StreamedModel(save(build("LlamaForCausalLM", FAMILIES["llama"].config), tmp_path / "model"))
 
 
-def costs(model: StreamedModel, counting: Counting, groups: Sequence[CostGroup] = GROUPS, **changes: Any) -> Any:
+def costs(model: StreamedModel, counting: Counting, groups: Sequence[Candidates] = GROUPS, **changes: Any) -> Any:
     asked: dict[str, Any] = dict(batches=token_batches(), inputs=INPUTS, solver=Nearest(), seed=0) | changes
     batches = asked.pop("batches")
     return cache.cached_costs(counting, model, batches, groups, scratch=model.path.parent / "kept", **asked)
@@ -69,7 +69,7 @@ def test_only_what_is_missing_is_measured(model: StreamedModel) -> None:
     assert len(counting.asked) == 2
     assert costs(model, counting) == EXPECTED
     assert len(counting.asked) == 2
-    more = [CostGroup((K, Q), (TWO, THREE, None)), CostGroup((Q,), (None,)), GROUPS[1]]
+    more = [Candidates((K, Q), (TWO, THREE, None)), Candidates((Q,), (None,)), GROUPS[1]]
     assert costs(model, counting, more) == [[402.0, 403.0, 0.0], [0.0], [1403.0]]
     assert counting.asked[2:] == [((K, Q), (TWO.name,))]
     [file] = files(model.path)

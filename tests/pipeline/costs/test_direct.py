@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pennyweight.core.registry import find
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.costs import direct, linearity
-from pennyweight.pipeline.costs.base import CostGroup
-from pennyweight.pipeline.losses import kl
+from pennyweight.pipeline.costs import compared, direct, linearity
+from pennyweight.pipeline.losses import kl, quadratic_kl
+from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import parse_scheme
 from pennyweight.solvers.nearest import Nearest
 from tests.models.families import FAMILIES, build, save, token_batches
@@ -22,9 +22,11 @@ from tests.pipeline.costs.originals import weights_of, whole
 TOLERANCE = 1e-2
 SCHEMES = (parse_scheme("int3-channel-f32"), None, parse_scheme("int4-channel-f32"))
 GROUPS = [
-    CostGroup(("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"), SCHEMES),
-    CostGroup(("model.layers.1.mlp.down_proj",), SCHEMES),
-    CostGroup(("model.layers.1.self_attn.o_proj", "model.layers.0.mlp.up_proj"), SCHEMES),
+    Candidates(("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"), SCHEMES),
+    Candidates(("model.layers.1.mlp.down_proj",), SCHEMES),
+    Candidates(("model.layers.1.self_attn.o_proj", "model.layers.0.mlp.up_proj"), SCHEMES),
+    Candidates(("lm_head",), SCHEMES),
+    Candidates(("lm_head", "model.layers.1.mlp.down_proj"), SCHEMES),
 ]
 
 
@@ -73,8 +75,9 @@ def test_costs_are_the_divergences_of_the_changed_model(
             assert found == pytest.approx(divergence(directory, changes), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("group", [GROUPS[2], GROUPS[4]])
 def test_a_site_is_rounded_alike_alone_and_behind_others_of_its_group(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: Candidates
 ) -> None:
     """On what the original blocks before it give, not on what the group's first block is given."""
     put: list[Tensor] = []
@@ -82,11 +85,11 @@ def test_a_site_is_rounded_alike_alone_and_behind_others_of_its_group(
 
     def noted(site, w, scheme, solver, found):  # type: ignore[no-untyped-def]
         result = original(site, w, scheme, solver, found)
-        put.extend([result] if site.name == "model.layers.1.self_attn.o_proj" else [])
+        put.extend([result] if site.name == group.sites[0] else [])
         return result
 
     monkeypatch.setattr(direct, "rounded", noted)
-    groups = [CostGroup(names, SCHEMES[:1]) for names in (GROUPS[2].sites, GROUPS[2].sites[:1])]
+    groups = [Candidates(names, SCHEMES[:1]) for names in (group.sites, group.sites[:1])]
     find("pipeline.costs", "direct").measure(
         StreamedModel(directory), token_batches(), groups, solver=Nearest(), seed=0, scratch=tmp_path / "kept"
     )
@@ -136,3 +139,36 @@ def test_divergences_of_long_batches_are_sums_over_all_tokens() -> None:
     log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     assert kl(p, q) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-5)
     assert kl(p, p) == 0
+    d = (q - p).double()
+    variances = (log_p.exp() * d.square()).sum(-1) - (log_p.exp() * d).sum(-1).square()
+    assert quadratic_kl(p, q) == pytest.approx(float(variances.sum()) / 2, rel=1e-5)
+    assert quadratic_kl(p, p) == 0
+    # Of a small change they are the same, and one that is the same in all logits is none.
+    assert quadratic_kl(p, p + 0.01 * q + 3) == pytest.approx(kl(p, p + 0.01 * q), rel=0.05)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 1000])
+def test_how_many_logits_are_held_at_once_does_not_matter(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    def costs() -> list[list[float]]:
+        return find("pipeline.costs", "direct").measure(
+            StreamedModel(directory), token_batches(), GROUPS[-2:], solver=Nearest(), seed=0, scratch=tmp_path / "kept"
+        )
+
+    held: list[int] = []
+    original = compared._part
+
+    def noted(stream, batch, cut):  # type: ignore[no-untyped-def]
+        ids, hidden = original(stream, batch, cut)
+        held.append(ids.numel())
+        assert hidden.shape[:2] == ids.shape
+        return ids, hidden
+
+    before = costs()
+    monkeypatch.setattr(compared, "_TOKENS", tokens)
+    monkeypatch.setattr(compared, "_part", noted)
+    for found, expected in zip(costs(), before, strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+    # Of three windows no fewer than a token each.
+    assert max(held) <= max(tokens, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline import gradients
 from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.costs import fisher
-from pennyweight.pipeline.costs.base import CostGroup
+from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import Scheme, parse_scheme
 from pennyweight.solvers.nearest import Nearest
 from tests.models.families import FAMILIES, build, save, token_batches
-from tests.pipeline.costs.originals import calls_of, unlikeliest, weights_of
+from tests.pipeline.costs.originals import calls_of, unlikeliest, weights_of, whole
 
 # float32 through two blocks and back, squared.
 TOLERANCE = 1e-3
@@ -26,6 +27,8 @@ LENGTH = 20
 SCHEME = parse_scheme("int4-channel-f32")
 # Second order, and a draw for each token: of the mean over the sites of a block.
 PREDICTED = 0.25
+# Second order alone: int8 in a head.
+EXACT = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def costs(model: StreamedModel, batches: list[Tensor], scratch: Path, *, name: str = "fisher") -> dict[str, float]:
-    groups = [CostGroup((site.name,), (SCHEME,)) for site in model.sites]
+    groups = [Candidates((site.name,), (SCHEME,)) for site in model.sites]
     found = find("pipeline.costs", name).measure(
         model, batches, groups, solver=Nearest(), seed=0, scratch=scratch / "kept"
     )
@@ -74,6 +77,8 @@ def test_costs_are_those_of_autograd_through_the_whole_model(
     experts = {site.name for site in model.sites if site.kind == "expert"}
     found = costs(model, batches, tmp_path)
     calls = [calls_of(directories[family], batch) for batch in batches]
+    # The head's draws nothing.
+    found.pop("lm_head", None)
     for name, cost in found.items():
         rows = [pair for batch in calls for pair in batch[name]]
         assert rows, name
@@ -98,6 +103,34 @@ def _by_windows(rows: list[tuple[Tensor, Tensor]], e: Tensor) -> float:
     return squares + float((torch.stack(means).sum(0) * torch.stack(slopes).mean(0)).sum())
 
 
+@pytest.mark.parametrize(
+    ("family", "config", "scale"),
+    [
+        ("llama", {}, 1),
+        # A bias takes part in the prediction, and not in the error.
+        ("phi", {}, 1),
+        ("granite-moe", {"logits_scaling": 4.0}, 1 / 4),
+    ],
+)
+def test_the_head_s_cost_is_the_variance_of_its_error_under_the_prediction(
+    tmp_path: Path, errors: dict[str, Tensor], family: str, config: dict[str, Any], scale: float
+) -> None:
+    config = FAMILIES[family].config | {"tie_word_embeddings": False} | config
+    directory = save(build(FAMILIES[family].architecture, config), tmp_path / "model")
+    streamed, batches = StreamedModel(directory), token_batches()
+    assert streamed.head is not None
+    found = costs(streamed, batches, tmp_path)["lm_head"]
+    model, seen = whole(directory), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        p = torch.cat([model(batch).logits.flatten(0, 1) for batch in batches]).softmax(-1)
+    x, e = torch.cat(seen), errors["lm_head"].double()
+    # Row by row: dᵀ (diag(p) - p pᵀ) d.
+    parts = [d @ (row.diag() - row.outer(row)) @ d for row, d in zip(p, scale * x @ e.T, strict=True)]
+    assert len(parts) == 4 * LENGTH
+    assert found == pytest.approx(float(sum(parts)) / (2 * len(parts)), rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral", "phi3", "gpt2", "llama4", "gpt-oss", "granite-moe", "bert"])
 def test_in_the_last_block_they_predict_the_divergence(
     directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
@@ -108,6 +141,8 @@ def test_in_the_last_block_they_predict_the_divergence(
     batches = token_batches((16,) * 6)
     predicted = costs(model, batches, tmp_path)
     direct = costs(model, batches, tmp_path, name="direct")
+    if model.head is not None:
+        assert predicted[model.head.name] == pytest.approx(direct[model.head.name], rel=EXACT)
     # Attention comes before the block's router.
     is_routed = any(site.kind == "expert" for site in model.sites)
     ratios = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from pennyweight.core.errors import UsageError
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import Scheme
 from pennyweight.solvers.base import Solver
 
@@ -26,15 +26,6 @@ def tell_nobody(done: int, total: int) -> None:
     pass
 
 
-@dataclass(frozen=True)
-class CostGroup:
-    """Sites that share a scheme, by name, and the schemes that they may be given, with scale types resolved; None: the
-    sites stay in float."""
-
-    sites: tuple[str, ...]
-    schemes: tuple[Scheme | None, ...]
-
-
 class Cost(Protocol):
     @property
     def name(self) -> str: ...
@@ -42,7 +33,7 @@ class Cost(Protocol):
         self,
         model: StreamedModel,
         batches: Sequence[Tensor],
-        groups: Sequence[CostGroup],
+        groups: Sequence[Candidates],
         *,
         solver: Solver,
         seed: int,
@@ -60,7 +51,7 @@ class Cost(Protocol):
         """
 
 
-def named_sites(model: StreamedModel, groups: Sequence[CostGroup]) -> dict[str, Site]:
+def named_sites(model: StreamedModel, groups: Sequence[Candidates]) -> dict[str, Site]:
     """The sites of all groups by name; raises UsageError for one that is not there."""
     known = {site.name: site for site in model.sites}
     names = dict.fromkeys(name for group in groups for name in group.sites)
@@ -70,7 +61,7 @@ def named_sites(model: StreamedModel, groups: Sequence[CostGroup]) -> dict[str, 
     return {name: known[name] for name in names}
 
 
-def asked_schemes(groups: Sequence[CostGroup]) -> dict[str, dict[str, Scheme]]:
+def asked_schemes(groups: Sequence[Candidates]) -> dict[str, dict[str, Scheme]]:
     """Site -> name -> each scheme that one of its groups may be given."""
     asked: dict[str, dict[str, Scheme]] = {}
     for group in groups:
@@ -79,7 +70,7 @@ def asked_schemes(groups: Sequence[CostGroup]) -> dict[str, dict[str, Scheme]]:
     return asked
 
 
-def summed(groups: Sequence[CostGroup], of_site: Mapping[tuple[str, str], float]) -> list[list[float]]:
+def summed(groups: Sequence[Candidates], of_site: Mapping[tuple[str, str], float]) -> list[list[float]]:
     """The costs of `groups` as sums over their sites; `of_site` has them by names of site and scheme."""
     return [
         [

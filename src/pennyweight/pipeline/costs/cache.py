@@ -17,7 +17,8 @@ from torch import Tensor
 from pennyweight.core.files import to_json, write_text
 from pennyweight.core.version import versions
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.costs.base import Cost, CostGroup, Tell, tell_nobody
+from pennyweight.pipeline.costs.base import Cost, Tell, tell_nobody
+from pennyweight.plan.candidates import Candidates
 from pennyweight.solvers.base import Solver
 
 # The directory beside a model's files.
@@ -76,7 +77,7 @@ def cached_costs(
     cost: Cost,
     model: StreamedModel,
     batches: Sequence[Tensor],
-    groups: Sequence[CostGroup],
+    groups: Sequence[Candidates],
     *,
     inputs: Mapping[str, str],
     solver: Solver,
@@ -125,11 +126,11 @@ def _about(
     }
 
 
-def _unknown(group: CostGroup, known: Known) -> CostGroup:
+def _unknown(group: Candidates, known: Known) -> Candidates:
     """The group with those of its schemes whose cost is not known."""
     before = known.get(_name(group), {})
-    return CostGroup(group.sites, tuple(s for s in group.schemes if s is not None and s.name not in before))
+    return Candidates(group.sites, tuple(s for s in group.schemes if s is not None and s.name not in before))
 
 
-def _name(group: CostGroup) -> str:
+def _name(group: Candidates) -> str:
     return "\n".join(sorted(group.sites))

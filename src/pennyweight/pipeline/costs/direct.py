@@ -12,9 +12,10 @@ from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.collect import SiteStatistics
-from pennyweight.pipeline.costs.base import Cost, CostGroup, Tell, named_sites, tell_nobody
+from pennyweight.pipeline.costs.base import Cost, Tell, named_sites, tell_nobody
 from pennyweight.pipeline.costs.changed import Original, original
 from pennyweight.pipeline.costs.rounded import rounded
+from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import Scheme
 from pennyweight.solvers.base import Solver
 
@@ -33,7 +34,7 @@ class DirectCost:
         self,
         model: StreamedModel,
         batches: Sequence[Tensor],
-        groups: Sequence[CostGroup],
+        groups: Sequence[Candidates],
         *,
         solver: Solver,
         seed: int,

@@ -15,10 +15,14 @@ from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.pipeline.collect import pool_of
-from pennyweight.pipeline.costs.base import Cost, CostGroup, Tell, asked_schemes, named_sites, summed, tell_nobody
+from pennyweight.pipeline.costs.base import Cost, Tell, asked_schemes, named_sites, summed, tell_nobody
+from pennyweight.pipeline.costs.compared import compared
 from pennyweight.pipeline.costs.pairs import Pair, Pairs
-from pennyweight.pipeline.costs.rounded import block_statistics, original_weights, rounded
+from pennyweight.pipeline.costs.rounded import original_weights, rounded, statistics
 from pennyweight.pipeline.gradients import through_block, walk_back
+from pennyweight.pipeline.losses import quadratic_kl
+from pennyweight.plan.candidates import Candidates
+from pennyweight.schemes import Scheme
 from pennyweight.solvers.base import Solver
 
 
@@ -44,6 +48,11 @@ class FisherCost:
     the mean curvature of the layer's experts, or of the block, in a random direction:
 
         c = r/(2n) mean(|dz|² |x|²) |E|² / (in · out),    r its rows, at least 1.
+
+    The error of an output head goes straight into the logits: its cost is the second-order KL exactly, without drawing
+    tokens,
+
+        c = 1/(2n) sum over tokens of (E_p[d²] - E_p[d]²),    d what E changes in the logits,  p = softmax(logits).
     """
 
     name: str = "fisher"
@@ -53,7 +62,7 @@ class FisherCost:
         self,
         model: StreamedModel,
         batches: Sequence[Tensor],
-        groups: Sequence[CostGroup],
+        groups: Sequence[Candidates],
         *,
         solver: Solver,
         seed: int,
@@ -70,7 +79,7 @@ class FisherCost:
             slopes, calls = _calls(model, index, stream, outer)
             if sites:
                 block = model.module.get_submodule(model.blocks[index])
-                found = block_statistics(model, block, index, stream, hands_on=False)
+                found = statistics(model, block, index, stream, hands_on=False)
             for name, w in original_weights(model, sites).items():
                 for scheme in asked[name].values():
                     e = w - rounded(sites[name], w, scheme, solver, found[name])
@@ -78,8 +87,27 @@ class FisherCost:
             tell(len(model.blocks) - index, len(model.blocks))
             return slopes
 
-        walk_back(model, batches, scratch, seed=seed, visit=visit)
+        def turn(stream: Stream) -> None:
+            for site in (site for site in named.values() if site.kind == "head"):
+                found = _of_head(model, site, list(asked[site.name].values()), stream, solver)
+                costs.update({(site.name, scheme): cost for scheme, cost in found.items()})
+
+        walk_back(model, batches, scratch, seed=seed, visit=visit, turn=turn)
         return summed(groups, costs)
+
+
+def _of_head(
+    model: StreamedModel, head: Site, schemes: Sequence[Scheme], stream: Stream, solver: Solver
+) -> dict[str, float]:
+    """Name of a scheme -> cost; `stream` holds what the last block gives."""
+    costs: dict[str, float] = {}
+    with model.opened(head.block) as block:
+        [w] = original_weights(model, {head.name: head}).values()
+        [found] = statistics(model, block, head.block, stream, hands_on=False).values()
+        for scheme in schemes:
+            given = {model.places[head.name].parameter: rounded(head, w, scheme, solver, found)}
+            [costs[scheme.name]] = compared(model, stream, [stream], given=given, loss=quadratic_kl)
+    return costs
 
 
 def _calls(model: StreamedModel, index: int, stream: Stream, outer: Sequence[Tensor]) -> tuple[list[Tensor], _Calls]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.pipeline.costs.base import Cost, CostGroup, Tell, asked_schemes, named_sites, summed, tell_nobody
-from pennyweight.pipeline.costs.rounded import block_statistics, original_weights, solved
+from pennyweight.pipeline.costs.base import Cost, Tell, asked_schemes, named_sites, summed, tell_nobody
+from pennyweight.pipeline.costs.rounded import original_weights, solved, statistics
+from pennyweight.plan.candidates import Candidates
 from pennyweight.solvers.base import Solver
 
 
@@ -31,7 +32,7 @@ class HessianCost:
         self,
         model: StreamedModel,
         batches: Sequence[Tensor],
-        groups: Sequence[CostGroup],
+        groups: Sequence[Candidates],
         *,
         solver: Solver,
         seed: int,
@@ -48,7 +49,7 @@ class HessianCost:
             sites = {name: site for name, site in named.items() if site.block == index}
             with model.opened(index) as block:
                 weights = original_weights(model, sites)
-                found = block_statistics(model, block, index, stream, hands_on=True)
+                found = statistics(model, block, index, stream, hands_on=True)
             for name, site in sites.items():
                 share = max(1, found[name].rows) / tokens
                 for scheme in asked[name].values():

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.pipeline.chain import Chain
-from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
+from pennyweight.pipeline.collect import SiteStatistics, Streams, collect, collect_given
 from pennyweight.pipeline.solve import SolvedSite, check_finite, solve_site
 from pennyweight.schemes import Scheme
 from pennyweight.solvers.base import Solver
 
 
-def block_statistics(
+def statistics(
     model: StreamedModel, block: nn.Module, index: int, stream: Stream, *, hands_on: bool
 ) -> dict[str, SiteStatistics]:
-    """Statistics of all sites of the opened block `index` on the original model's own inputs: those of an expert may be
-    blended with the others'. With `hands_on` the stream goes to the next block."""
+    """Statistics of all sites of the opened block `index`, or of the head behind the last, on the original model's own
+    inputs: those of an expert may be blended with the others'. With `hands_on` the stream goes to the next block."""
+    if index == len(model.blocks):
+        given = Streams(replace(stream, hidden=list(stream.hidden)))
+        model.enter_head(given.quantized)
+        return {site.name: collect_given(site, given) for site in model.sites_of(index)}
     streams = Streams.of(stream, has_original=True)
     found = collect(model, block, model.sites_of(index), streams, hands_on=hands_on)
     if hands_on and streams.original is not None:
@@ -28,8 +33,9 @@ def block_statistics(
 
 
 def original_weights(model: StreamedModel, sites: Mapping[str, Site]) -> dict[str, Tensor]:
-    """Copies of the matrices [out, in] of `sites` of the opened block; raises WeightError for NaN or infinity."""
-    weights = {name: model.matrix(site).clone().contiguous() for name, site in sites.items()}
+    """The matrices [out, in] of `sites` of what is opened, in its own memory where that has them row by row; raises
+    WeightError for NaN or infinity."""
+    weights = {name: model.matrix(site).contiguous() for name, site in sites.items()}
     for name, site in sites.items():
         check_finite(weights[name], site.tensor)
     return weights

@@ -1,0 +1,110 @@
+"""A run before it begins: the model, what is asked of it, and, once there is a plan, all that will be written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pennyweight.containers.base import Container, ModelFacts
+from pennyweight.containers.weight_files import WeightFiles
+from pennyweight.core.errors import ContainerError
+from pennyweight.models.base import Site, TensorInfo
+from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.options import Options
+from pennyweight.pipeline.output import weight_entries
+from pennyweight.pipeline.records import CalibrationRecipe, Recipe
+from pennyweight.plan.plan import Plan
+from pennyweight.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A run that has no plan yet.
+
+    model_name   what the result's model card calls the original
+    inputs       hashes of the model's files
+    windows      calibration token ids [windows, length], None for a data-free run
+    """
+
+    model: StreamedModel
+    model_name: str
+    container: Container
+    facts: ModelFacts
+    inputs: Mapping[str, str]
+    windows: Tensor | None
+    options: Options
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """By name, in the order of the model."""
+        return {site.name: site for site in self.model.sites}
+
+    def finished(self, scheme: Scheme) -> Scheme:
+        """`scheme` with the model's type for what was left to it."""
+        return scheme.with_scale_dtype(getattr(torch, self.facts.dtype))
+
+    def why_not(self, scheme: Scheme, site: str) -> str | None:
+        """Why the target does not take `scheme` for the site of that name, or None."""
+        return self.container.why_not(scheme, self.sites[site], runtime=self.options.runtime)
+
+    def refusal(self, plan: Plan) -> str | None:
+        """Why the target takes no such plan, or None."""
+        return self.container.why_not_plan(plan, self.model.sites, self.facts, runtime=self.options.runtime)
+
+    def job(self, plan: Plan) -> Job:
+        """The run with `plan`; raises ContainerError where the target does not take it."""
+        refusal = self.refusal(plan)
+        if refusal is not None:
+            raise ContainerError(f"{self.container.name} for {self.options.runtime} cannot hold this plan: {refusal}")
+        entries = weight_entries(self.container, plan, self.model.sites, self.model.checkpoint)
+        drafted = {field.name: getattr(self, field.name) for field in fields(Draft)}
+        return Job(**drafted, plan=plan, entries=entries, layout=WeightFiles.plan(entries), recipe=self._recipe(plan))
+
+    def _recipe(self, plan: Plan) -> Recipe:
+        options, calibration = self.options, None
+        if self.windows is not None:
+            source = options.calibration_source
+            count, length = self.windows.shape
+            digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+            calibration = CalibrationRecipe(
+                source if isinstance(source, str) else "texts", count, length, options.seed, digest
+            )
+        steps = options.steps
+        return Recipe(
+            scheme=options.scheme,
+            plan=plan.names if options.is_planned else None,
+            budget=None if options.budget is None else str(options.budget),
+            effort=options.effort,
+            rotate=options.rotate,
+            transform=steps.transform,
+            solver=steps.solver,
+            staged=steps.staged,
+            refine=steps.refine,
+            recover=steps.recover,
+            loss_aware=options.loss_aware,
+            fit=options.fit,
+            runtime=options.runtime,
+            container=self.container.name,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+            calibration=calibration,
+            inputs=self.inputs,
+        )
+
+
+@dataclass(frozen=True)
+class Job(Draft):
+    """A run that has been checked and planned; nothing has been written.
+
+    entries   every tensor that will be written
+    """
+
+    plan: Plan
+    entries: Mapping[str, TensorInfo]
+    layout: WeightFiles
+    recipe: Recipe

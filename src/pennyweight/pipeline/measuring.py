@@ -1,0 +1,47 @@
+"""The costs that a plan is chosen by, as a run measures them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pennyweight.core.registry import find
+from pennyweight.models import text
+from pennyweight.pipeline.costs.base import DEFAULT_COST, Tell, tell_nobody
+from pennyweight.pipeline.costs.cache import cached_costs
+from pennyweight.pipeline.job import Draft
+from pennyweight.pipeline.windows import calibration_windows
+from pennyweight.plan.candidates import Candidates
+
+# Windows that costs are measured on: the ranking of sites hardly changes with more.
+_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The default cost of groups of sites of `draft`, on its own calibration windows, or on the built-in text where it
+    has none; kept beside the model for the next time."""
+
+    draft: Draft
+    tell: Tell = tell_nobody
+
+    def __call__(self, groups: Sequence[Candidates]) -> list[list[float]]:
+        windows = self.draft.windows
+        if windows is None:
+            windows = calibration_windows(self.draft.model, replace(self.draft.options, calibration=text.BUILT_IN))
+        assert windows is not None
+        batches = text.batches(windows[:_WINDOWS])
+        with tempfile.TemporaryDirectory(prefix="pennyweight-costs-") as directory:
+            return cached_costs(
+                find("pipeline.costs", DEFAULT_COST),
+                self.draft.model,
+                batches,
+                groups,
+                inputs=self.draft.inputs,
+                solver=find("solvers", "nearest"),
+                seed=self.draft.options.seed,
+                scratch=Path(directory) / "work",
+                tell=self.tell,
+            )
