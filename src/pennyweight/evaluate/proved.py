@@ -64,8 +64,8 @@ def quantize(
     """Quantize a model directory or Hub id into the new directory `out`, verified.
 
     One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity) and `plan` (a file,
-    or globs of sites -> schemes) stands in place of `scheme`; the rest as in Options. `tell` hears of blocks, the others
-    of steps of recovery, costs, plans tried. Raises PennyweightError, and then `out` does not exist.
+    or globs of sites -> schemes) stands in place of `scheme`; the rest as in Options. `tell` hears of blocks, the
+    others of steps of recovery, costs, plans tried. Raises PennyweightError, and then `out` does not exist.
     """
     options = Options(
         scheme=scheme, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss),
