@@ -77,7 +77,7 @@ def smallest_that_holds(
             f"{budget}: {type(draft.model.module).__name__} predicts no tokens, so it has neither KL nor perplexity: "
             "give a size"
         )
-    windows = _unseen(draft)
+    windows = unseen_windows(draft)
     points = [point for point in problem.frontier.points if any(scheme is not None for scheme in point.schemes)]
     judge = _Judge(draft, budget, windows, make, scratch, tell)
     search = _Search(points, budget.value)
@@ -95,7 +95,7 @@ def smallest_that_holds(
     return Found(points[best], tuple(search.tried.values()), windows.shape[0], windows.numel())
 
 
-def _unseen(draft: Draft) -> Tensor:
+def unseen_windows(draft: Draft) -> Tensor:
     """Windows of the calibration text that the run is not calibrated on."""
     windows = every_window(draft.model, draft.options)
     seen = set() if draft.windows is None else {tuple(window) for window in draft.windows.tolist()}
