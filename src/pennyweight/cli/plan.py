@@ -11,8 +11,6 @@ from pennyweight.cli import options as shared
 from pennyweight.cli.console import cost_teller, device_of, mebibytes, put_json, set_jobs, table, trial_teller
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pennyweight.evaluate.planned import Planned
     from pennyweight.plan.frontier import Point
     from pennyweight.schemes import Scheme
@@ -48,12 +46,11 @@ def plan(
     Nothing is quantized, but to judge a budget of loss. What each scheme costs each weight is kept beside the model:
     another budget takes seconds. Give the plan to `quantize --plan`, edited or not.
     """
-    import sys
     import time
-    from pathlib import Path
 
     from pennyweight.evaluate.planned import planned
     from pennyweight.pipeline.options import Options
+    from pennyweight.pipeline.run import check_target
     from pennyweight.plan.budget import parse_budget
     from pennyweight.report.plan_directory import write_plan
 
@@ -64,7 +61,7 @@ def plan(
         at=tuple(at or ()), runtime=runtime, effort=effort, calibration=calibration,  # type: ignore[arg-type]
         samples=samples, length=length, seed=seed, device=device_of(device), trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    place = None if out is None else _new_directory(Path(out))
+    place = None if out is None else check_target(out)
     found = planned(model, options, tell=cost_teller(), tell_trial=trial_teller())
     files = [] if place is None else write_plan(place, found)
     seconds = round(time.perf_counter() - started, 3)
@@ -74,17 +71,6 @@ def plan(
     _print(found)
     for name in files:
         print(f"{out}/{name}")
-    sys.stdout.flush()
-
-
-def _new_directory(out: Path) -> Path:
-    from pennyweight.core.errors import UsageError
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {out} exists and is not an empty directory: choose another, or remove it")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: {out.absolute().parent} does not exist: create it, or choose another")
-    return out
 
 
 def summary(found: Planned) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pennyweight.core.registry import find
@@ -12,7 +12,7 @@ from pennyweight.models import text
 from pennyweight.pipeline.costs.base import DEFAULT_COST, Tell, tell_nobody
 from pennyweight.pipeline.costs.cache import cached_costs
 from pennyweight.pipeline.job import Draft
-from pennyweight.pipeline.windows import calibration_windows
+from pennyweight.pipeline.windows import some_windows
 from pennyweight.plan.candidates import Candidates
 
 # Windows that costs are measured on: the ranking of sites hardly changes with more.
@@ -28,10 +28,7 @@ class Measuring:
     tell: Tell = tell_nobody
 
     def __call__(self, groups: Sequence[Candidates]) -> list[list[float]]:
-        windows = self.draft.windows
-        if windows is None:
-            windows = calibration_windows(self.draft.model, replace(self.draft.options, calibration=text.BUILT_IN))
-        assert windows is not None
+        windows = some_windows(self.draft.model, self.draft.options, self.draft.windows)
         batches = text.batches(windows[:_WINDOWS])
         with tempfile.TemporaryDirectory(prefix="pennyweight-costs-") as directory:
             return cached_costs(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 
 from pennyweight.core.errors import BudgetError, ContainerError, UsageError
@@ -16,11 +15,12 @@ from pennyweight.pipeline.sizes import weight_count
 from pennyweight.plan.allocate import Allocation, allocate
 from pennyweight.plan.budget import Budget
 from pennyweight.plan.candidates import Candidates, candidates
-from pennyweight.plan.choices import Choice, Group
+from pennyweight.plan.choices import Choice, Group, smallest
 from pennyweight.plan.frontier import Frontier, frontier
 from pennyweight.plan.overrides import Decided, decided_sites, parse_overrides
 from pennyweight.plan.plan import Plan
 from pennyweight.plan.plan_file import PlanEntries
+from pennyweight.plan.site_names import sites_called
 from pennyweight.plan.uniform import uniform_plan
 from pennyweight.schemes import PerGroup, Scheme, parse_scheme
 
@@ -92,7 +92,7 @@ class Problem:
     @property
     def advice(self) -> str:
         """What would make smaller plans possible."""
-        total = self.fixed_bytes + sum(min(choice.size_bytes for choice in group.choices) for group in self.groups)
+        total = self.fixed_bytes + smallest(self.groups)
         share = (
             f"{100 * self.fixed_bytes / total:.0f} % of it are embeddings and others that this target keeps in float"
         )
@@ -161,7 +161,7 @@ def decided_of(draft: Draft, fused: Sequence[Sequence[str]]) -> dict[str, Decide
     """What --keep and --at decide, with what is `fused` with that; raises ContainerError where the target refuses."""
     overrides = parse_overrides(draft.options.keep, draft.options.at)
     for override in overrides:
-        is_known = any(fnmatchcase(site, override.glob) for site in draft.sites)
+        is_known = bool(sites_called(override.glob, draft.sites))
         if not is_known and draft.model.why_no_head and "head" in override.glob:
             raise UsageError(f"{override.said}: {draft.model.why_no_head}")
     decided = decided_sites(list(draft.sites), fused, overrides)
@@ -210,7 +210,7 @@ def _same_tensor(sites: Sequence[Site]) -> list[tuple[str, ...]]:
 
 def _without_refused(draft: Draft, one: Candidates, every: Sequence[Candidates]) -> Candidates:
     """`one` without staying in float where the target, which merges its sites, then refuses the rest."""
-    if len(one.sites) == 1 or one.schemes in ((None,), one.schemes[:1]):
+    if len(one.sites) == 1 or len(one.schemes) == 1:
         return one
     others = {site: other.schemes[0] for other in every if other is not one for site in other.sites}
     trial = Plan(

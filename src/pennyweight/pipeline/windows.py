@@ -22,6 +22,11 @@ def calibration_windows(model: StreamedModel, options: Options) -> Tensor | None
     return _of_text(model, options, source, count=options.samples)
 
 
+def some_windows(model: StreamedModel, options: Options, windows: Tensor | None) -> Tensor:
+    """The run's calibration `windows`, as many of the built-in text where it has none."""
+    return _of_text(model, options, text.BUILT_IN, count=options.samples) if windows is None else windows
+
+
 def every_window(model: StreamedModel, options: Options) -> Tensor:
     """All windows of the text that `calibration_windows` draws from; of the built-in text where there is none."""
     source = options.calibration_source

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from pennyweight.core.errors import UsageError
+from pennyweight.plan.site_names import nearest_sites, sites_called
 from pennyweight.schemes import Scheme, parse_scheme
 
 
@@ -49,9 +48,9 @@ def decided_sites(
     """
     found: dict[str, Decided] = {}
     for override in overrides:
-        matching = [site for site in sites if fnmatchcase(site, override.glob)]
+        matching = sites_called(override.glob, sites)
         if not matching:
-            raise UsageError(f"{override.said}: no site is called so{_near(override.glob, sites)}")
+            raise UsageError(f"{override.said}: no site is called so; {nearest_sites(override.glob, sites)}")
         found.update(dict.fromkeys(matching, Decided(override.scheme, override.said)))
     for members in fused:
         _spread(members, found)
@@ -71,8 +70,3 @@ def _spread(members: Sequence[str], found: dict[str, Decided]) -> None:
         if given and site not in found:
             first, one = given[0]
             found[site] = Decided(one.scheme, f"{one.reason}, for {first}, with which the runtime merges it")
-
-
-def _near(glob: str, sites: Sequence[str]) -> str:
-    near = difflib.get_close_matches(glob, sites, n=3, cutoff=0.4) or list(sites[:3])
-    return f"; among them are {', '.join(near)}" if near else ""

@@ -9,17 +9,16 @@ later entry takes precedence over an earlier one. The other keys say where the p
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from pennyweight.core.errors import UsageError
 from pennyweight.core.files import to_json, write_text
 from pennyweight.plan.choices import choice_name, named_choice
+from pennyweight.plan.site_names import nearest_sites, sites_called, some
 from pennyweight.schemes import Scheme
 
 _VERSION = 1
@@ -57,16 +56,16 @@ class PlanEntries:
         Raises UsageError for a site or a scheme that is not known, and for sites left without an entry.
         """
         schemes: dict[str, Scheme | None] = {}
-        known = set(sites)
+        known = dict.fromkeys(sites)
         for key, name in self.entries.items():
-            matches = [key] if key in known else [site for site in sites if fnmatchcase(site, key)]
+            matches = sites_called(key, known)
             if not matches:
-                raise UsageError(f"{self.source}: the model has no site {key!r}; {_nearest(key, sites)}")
+                raise UsageError(f"{self.source}: the model has no site {key!r}; {nearest_sites(key, sites)}")
             schemes |= dict.fromkeys(matches, self._scheme(key, name))
         missing = [site for site in sites if site not in schemes]
         if missing:
             raise UsageError(
-                f"{self.source}: {len(missing)} of {len(sites)} sites have no entry: {_some(missing)}. "
+                f"{self.source}: {len(missing)} of {len(sites)} sites have no entry: {some(missing)}. "
                 'Give each a scheme or "keep"; "*" as the first entry stands for all that no later one names'
             )
         return {site: schemes[site] for site in sites}
@@ -123,12 +122,3 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{key!r} is there twice; leave one of them")
         result[key] = value
     return result
-
-
-def _nearest(name: str, sites: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, sites, n=1)
-    return f"the nearest name is {near[0]!r}" if near else f"it has {_some(sites)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

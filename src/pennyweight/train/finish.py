@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pennyweight.core.files import sync_directory
-from pennyweight.models import text
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.job import Job
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import Output
-from pennyweight.pipeline.windows import calibration_windows
+from pennyweight.pipeline.windows import some_windows
 from pennyweight.pipeline.written import WrittenCheckpoint
 from pennyweight.train.recover import Recovered, Settings, Step, recover
 
@@ -55,7 +54,7 @@ class Recovery:
         """
         redo = scratch / _REDO
         if not redo.exists():
-            windows = _windows(job)
+            windows = some_windows(job.model, job.options, job.windows)
             recovered = self._recovered(job, output, scratch, windows)
             _save(redo, _changed(job, output, recovered), _findings(recovered, windows))
         return _apply(redo, output)
@@ -88,15 +87,6 @@ def _as_written(job: Job, output: Output) -> StreamedModel:
 
 def _sites(job: Job) -> list[Site]:
     return [site for site in job.model.sites if site.name in job.plan.schemes]
-
-
-def _windows(job: Job) -> Tensor:
-    """The run's calibration windows, as many of the built-in text where the run had none."""
-    if job.windows is not None:
-        return job.windows
-    windows = calibration_windows(job.model, replace(job.options, calibration=text.BUILT_IN))
-    assert windows is not None
-    return windows
 
 
 def _changed(job: Job, output: Output, recovered: Recovered) -> dict[str, Tensor]:

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import Stream, StreamedModel
 from pennyweight.pipeline.collect import SiteStatistics
+from pennyweight.pipeline.costs.base import Tell, named_sites
 from pennyweight.pipeline.costs.compared import compared
 from pennyweight.pipeline.costs.rounded import original_weights, statistics
 from pennyweight.pipeline.kept import KeptStates, kept_states
+from pennyweight.plan.candidates import Candidates
+from pennyweight.schemes import Scheme
 
 # Given a site, its original weight [out, in], its statistics and the number of a variant: its weight in that.
 Changed = Callable[[Site, Tensor, SiteStatistics, int], Tensor]
+
+
+# Given the original, the sites of a group and its schemes: the cost of each.
+OfGroup = Callable[["Original", Sequence[Site], Sequence[Scheme | None]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,24 @@ class Original:
                     self.model, self.stream, [stream], given={parameter: changed(head, w, found, variant)}
                 )
             ]
+
+
+def each_group(
+    model: StreamedModel,
+    batches: Sequence[Tensor],
+    groups: Sequence[Candidates],
+    scratch: Path,
+    cost: OfGroup,
+    tell: Tell,
+) -> list[list[float]]:
+    """What `cost` finds for each of `groups`, all beside one run of the original."""
+    named = named_sites(model, groups)
+    costs = []
+    with original(model, batches, scratch) as reference:
+        for done, group in enumerate(groups, start=1):
+            costs.append(cost(reference, [named[name] for name in group.sites], group.schemes))
+            tell(done, len(groups))
+    return costs
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -12,8 +13,8 @@ from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.collect import SiteStatistics
-from pennyweight.pipeline.costs.base import Cost, Tell, named_sites, tell_nobody
-from pennyweight.pipeline.costs.changed import Original, original
+from pennyweight.pipeline.costs.base import Cost, Tell, tell_nobody
+from pennyweight.pipeline.costs.changed import Original, each_group
 from pennyweight.pipeline.costs.rounded import rounded
 from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import Scheme
@@ -42,17 +43,11 @@ class DirectCost:
         tell: Tell = tell_nobody,
     ) -> list[list[float]]:
         """See Cost."""
-        named = named_sites(model, groups)
-        costs = []
-        with original(model, batches, scratch) as reference:
-            for done, group in enumerate(groups, start=1):
-                costs.append(_of_group(reference, [named[name] for name in group.sites], group.schemes, solver))
-                tell(done, len(groups))
-        return costs
+        return each_group(model, batches, groups, scratch, partial(_of_group, solver=solver), tell)
 
 
 def _of_group(
-    reference: Original, sites: Sequence[Site], schemes: Sequence[Scheme | None], solver: Solver
+    reference: Original, sites: Sequence[Site], schemes: Sequence[Scheme | None], *, solver: Solver
 ) -> list[float]:
     variants = [scheme for scheme in schemes if scheme is not None]
     if not variants:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.collect import SiteStatistics
-from pennyweight.pipeline.costs.base import Cost, Tell, named_sites, tell_nobody
-from pennyweight.pipeline.costs.changed import Original, original
+from pennyweight.pipeline.costs.base import Cost, Tell, tell_nobody
+from pennyweight.pipeline.costs.changed import Original, each_group
 from pennyweight.pipeline.costs.rounded import rounded
 from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import Scheme
@@ -49,14 +50,7 @@ class LinearityCost:
         tell: Tell = tell_nobody,
     ) -> list[list[float]]:
         """See Cost."""
-        named = named_sites(model, groups)
-        costs = []
-        with original(model, batches, scratch) as reference:
-            for done, group in enumerate(groups, start=1):
-                sites = [named[name] for name in group.sites]
-                costs.append(self._of_group(reference, sites, group.schemes, solver=solver, seed=seed))
-                tell(done, len(groups))
-        return costs
+        return each_group(model, batches, groups, scratch, partial(self._of_group, solver=solver, seed=seed), tell)
 
     def _of_group(
         self,
