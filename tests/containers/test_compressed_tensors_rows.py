@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from pennyweight.models.base import Site, SiteKind
+from pennyweight.models.base import Site
+from pennyweight.schemes import parse_scheme
 from tests.containers import artefacts
 from tests.containers.artefacts import (
     CONTAINER,
@@ -205,8 +206,11 @@ def test_a_quantized_embedding_still_fails_without_dequantize(
     groups = {"config_groups": config["config_groups"]}
     assert opened(src, "int4-g32", tmp_path / "plain", **groups).difference is None
     assert opened(src, "int4-g32", tmp_path / "decoded", **groups, dequantize=True).is_equal
-    # Nothing can ask for it: there is no such kind of site.
-    assert get_args(SiteKind) == ("linear", "conv1d", "expert", "head")
+    assert not CONTAINER.takes_embeddings
+    said = CONTAINER.why_not(parse_scheme("int4-g32-bf16"), Site("embed", (8, 32), -1, "embedding", "embed.weight"),
+                             runtime="transformers")  # fmt: skip
+    assert said is not None
+    assert "read a quantized embedding wrongly" in said
 
 
 HEADS: list[Rules] = [

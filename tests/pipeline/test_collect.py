@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline import observe as module
 from pennyweight.pipeline.collect import SiteStatistics, Streams, collect
 from pennyweight.pipeline.observe import Observer

@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 
 _Out = Annotated[str, typer.Option(help="Directory to write; must be new or empty.")]
 _Scheme = Annotated[
-    str | None, typer.Option(help="Short name: int4-g128, int4-g32-asym, nvfp4...  [default: int4-g128]")
+    str | None,
+    typer.Option(help="Short name: int4-g128, int4-g32-asym, nvfp4, q4_k...  [default: int4-g128; q4_k for llama.cpp]"),
 ]
-_Bits = Annotated[int | None, typer.Option(min=2, max=8, help="Instead of --scheme: this width in groups of 128.")]
+_Bits = Annotated[
+    int | None, typer.Option(min=2, max=8, help="Instead of --scheme: this width, as the target has it best.")
+]
 _Rotate = Annotated[
     bool, typer.Option("--rotate", help="Rotate the residual stream first; a head that is tied is untied.")
 ]
@@ -109,7 +112,7 @@ def quantize(
 
     set_jobs(jobs)
     report = job(
-        model, out, scheme=scheme or (f"int{bits}-g128" if bits else "int4-g128"), size=size, bpw=bpw, max_kl=max_kl,
+        model, out, scheme=scheme, bits=bits, size=size, bpw=bpw, max_kl=max_kl,
         max_loss=max_loss, plan=plan, keep=keep or (), at=at or (), runtime=runtime,
         effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
         refine=refine, recover=recover, recover_epochs=recover_epochs,

@@ -30,10 +30,18 @@ from pennyweight.schemes import PerGroup, PerTensor, QuantizedWeight, Scheme
 
 # Older readers expect 3, 5, 6 and 7 bits with padding and decode a dense file to other numbers, without an error.
 MINIMUM_VERSION = "0.18"
+_USAGE = """```python
+from transformers import {auto}
+model = {auto}.from_pretrained("path/to/this/directory")
+```
+
+Needs `transformers` and **`compressed-tensors` {minimum} or later**: older versions misread codes of 3, 5, 6 and 7
+bits.
+"""
 Part = TypeVar("Part", Tensor, TensorInfo)
 
 
-class CompressedTensors:
+class CompressedTensors(Container):
     """The container of transformers and vLLM."""
 
     @property
@@ -147,6 +155,9 @@ class CompressedTensors:
         if not several and (is_other or any(scheme.zero for scheme in groups)):
             config["dequantize"] = True
         return config
+
+    def usage(self, *, is_decoder: bool) -> str:
+        return _USAGE.format(auto="AutoModelForCausalLM" if is_decoder else "AutoModel", minimum=MINIMUM_VERSION)
 
 
 def _sites_by_scheme(plan: Plan, sites: Sequence[Site]) -> dict[Scheme, list[Site]]:

@@ -27,7 +27,7 @@ _FUSED_WITH = {member: members for members in _FUSED for member in members}
 
 def site_refusal(scheme: Scheme, site: Site, *, runtime: str) -> str | None:
     """Why `runtime` cannot read `scheme` for `site` from this container, or None."""
-    rules: tuple[SiteRule, ...] = (_format, _storage, _groups)
+    rules: tuple[SiteRule, ...] = (_embedding, _format, _storage, _groups)
     rules = (*rules, _vllm_head, _vllm_floats, _marlin) if runtime == "vllm" else (*rules, _float_experts)
     return next((reason for rule in rules if (reason := rule(scheme, site)) is not None), None)
 
@@ -59,6 +59,12 @@ def _format(scheme: Scheme, site: Site) -> str | None:
         f"{site.name}: {scheme} given; compressed-tensors has no layout for it, only for signed integers with float "
         "scales and integer zero points, fp8_e4m3-channel, fp8_e4m3-tensor, mxfp8, mxfp4 and nvfp4: use one of these"
     )
+
+
+def _embedding(scheme: Scheme, site: Site) -> str | None:
+    if site.kind != "embedding":
+        return None
+    return f"{site.name}: transformers and vLLM read a quantized embedding wrongly: keep it in float"
 
 
 def _float_experts(scheme: Scheme, site: Site) -> str | None:

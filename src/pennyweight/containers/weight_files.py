@@ -42,11 +42,13 @@ class Place:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The layout: `headers` file name -> its first bytes, `sizes` file name -> bytes, `places` tensor name -> place."""
+    """The layout: `headers` file name -> its first bytes, `sizes` file name -> bytes, `places` tensor name -> place;
+    `index` the bytes of model.safetensors.index.json, where there is one."""
 
     headers: Mapping[str, bytes]
     sizes: Mapping[str, int]
     places: Mapping[str, Place]
+    index: bytes | None = None
 
     @classmethod
     def plan(cls, entries: Mapping[str, TensorInfo], *, max_file_bytes: int = 5 * 10**9) -> WeightFiles:
@@ -60,16 +62,7 @@ class WeightFiles:
             for name, offset in offsets.items():
                 places[name] = Place(file, len(headers[file]) + offset, shard[name])
             sizes[file] = len(headers[file]) + sum(info.size_bytes for info in shard.values())
-        return cls(headers, sizes, places)
-
-    @property
-    def index(self) -> bytes | None:
-        """The bytes of model.safetensors.index.json, or None where there is one file only."""
-        if len(self.sizes) == 1:
-            return None
-        total = sum(place.info.size_bytes for place in self.places.values())
-        weight_map = {name: place.file for name, place in self.places.items()}
-        return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
+        return cls(headers, sizes, places, _index(places) if len(sizes) > 1 else None)
 
     @property
     def size_bytes(self) -> int:
@@ -218,6 +211,12 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of `tensor` in row-major order; a view of its memory where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _index(places: Mapping[str, Place]) -> bytes:
+    total = sum(place.info.size_bytes for place in places.values())
+    weight_map = {name: place.file for name, place in places.items()}
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
 
 
 def _shards(entries: Mapping[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:

@@ -14,7 +14,8 @@ from pennyweight.core.errors import DataError, ModelError
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models import text
 from pennyweight.models.hub import resolve
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.costs.cache import DIRECTORY
 from pennyweight.pipeline.sizes import tensor_bytes, weight_count
 

@@ -29,7 +29,8 @@ def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    scheme: str = Options.scheme,
+    scheme: str | None = None,
+    bits: int | None = None,
     size: str | int | None = None,
     bpw: float | None = None,
     max_kl: float | None = None,
@@ -65,10 +66,9 @@ def quantize(
 
     One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity) and `plan` (a file,
     or globs of sites -> schemes) stands in place of `scheme`; the rest as in Options. `tell` hears of blocks, the
-    others of steps of recovery, costs, plans tried. Raises PennyweightError, and then `out` does not exist.
-    """
+    others of steps of recovery, costs, plans tried. Raises PennyweightError, and then `out` does not exist."""
     options = Options(
-        scheme=scheme, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss),
+        scheme=scheme, bits=bits, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss),
         plan=plan_entries(plan), keep=tuple(keep), at=tuple(at), runtime=runtime, effort=effort, rotate=rotate,
         transform=transform, solver=solver, staged=staged, refine=refine, recover=recover,
         recover_epochs=recover_epochs, loss_aware=loss_aware, fit=fit,

@@ -49,7 +49,7 @@ class Checkpoint(Protocol):
         """The tensor `name` (rows `part` of its first axis), fresh, in its stored type; raises CheckpointError."""
 
 
-SiteKind = Literal["linear", "conv1d", "expert", "head"]
+SiteKind = Literal["linear", "conv1d", "expert", "head", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ class Site:
 
     name        the checkpoint's name of it without ".weight": "model.layers.0.self_attn.q_proj"
     shape       (out, in), whatever way it is stored
-    block       index of the repeated block it belongs to; of the head their number: it comes after the last
-    kind        "conv1d" is stored transposed, [in, out]; "expert" is one expert's matrix; "head" the output head
+    block       index of the repeated block it belongs to; of the head their number: it comes after the last;
+                of the embedding -1
+    kind        "conv1d" is stored transposed, [in, out]; "expert" is one expert's matrix; "head" the output head;
+                "embedding" the table of tokens [vocabulary, width], which a tied head shares
     tensor      name of the checkpoint tensor that holds it
     index       position along the first axis where `tensor` holds all experts [experts, ...], else None
     rows        rows of that slice where it holds several matrices (gate and up), else None

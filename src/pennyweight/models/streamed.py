@@ -6,7 +6,6 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,32 +18,22 @@ from pennyweight.core.parallel import one_thread_per_operation, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.decoders import decoded
+from pennyweight.models.embedding import find_embedding
 from pennyweight.models.head import find_head
 from pennyweight.models.intercept import Intercept, Made, Seen, Watched
 from pennyweight.models.postponed import postponed
 from pennyweight.models.sites import Place, find_sites
 from pennyweight.models.skeleton import build, call_arguments, find_blocks, read_config
+from pennyweight.models.stream import Stream, shared
 from pennyweight.models.substitute import Substituted
 from pennyweight.models.weight_map import WeightMap
-
-
-@dataclass
-class Stream:
-    """Batches of windows on their way through the blocks.
-
-    hidden      one tensor [windows, tokens, width] a batch: the input of the next block
-    arguments   batch -> block -> what else the model passes to that block (masks, rotary tables)
-    """
-
-    input_ids: list[Tensor]
-    hidden: list[Tensor]
-    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
 
 
 class StreamedModel:
     """The model of a directory: config, checkpoint, blocks and sites; weights are read when they are needed.
 
-    `sites` are those of the blocks and, behind the last, the `head` where it can be one; else `why_no_head`.
+    `sites` are those of the blocks and, behind the last, the `head` where it can be one; else `why_no_head`. The
+    `embedding` is one beside them.
     """
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False, device: str = "cpu",
@@ -66,12 +55,14 @@ class StreamedModel:
         head = find_head(self.module, self.weights, self.checkpoint.config_changes, block=len(self.blocks))
         self.head: Site | None = head if isinstance(head, Site) else None
         self.why_no_head: str = head if isinstance(head, str) else ""
+        self.embedding: Site | None = find_embedding(self.module, self.weights)
         heads = [] if self.head is None else [self.head]
         self.sites: list[Site] = [*found.sites, *heads]
         self.places: dict[str, Place] = found.places | {site.name: Place(site.tensor) for site in heads}
         self.refused: dict[str, str] = found.refused
         self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self._outside: dict[int, Tensor] = {}
+        self._embedding_rows: Callable[[Tensor], Tensor] | None = None
         self._loading = threading.Lock()
         self._returned = 0
         self._read_buffers()
@@ -98,8 +89,10 @@ class StreamedModel:
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def start(self, batches: Sequence[Tensor]) -> Stream:
-        """Run the part before the blocks on `batches` of token ids [windows, tokens]; note what each block is given."""
+    def start(self, batches: Sequence[Tensor], *, embedding: Callable[[Tensor], Tensor] | None = None) -> Stream:
+        """Run the part before the blocks on `batches` of token ids [windows, tokens]; note what each block is given.
+        `embedding` gives the rows of the site of that name for token ids in place of the checkpoint."""
+        self._embedding_rows = embedding
         stream = Stream([batch.to(self.device) for batch in batches], [], [])
         canonical: list[Tensor] = []
         with torch.no_grad(), one_thread_per_operation(), self.opened(0) as first:
@@ -108,9 +101,10 @@ class StreamedModel:
                 recorded, hidden = self._record(ids)
                 stream.hidden.append(hidden)
                 stream.arguments.append(
-                    [(_shared(args, canonical), _shared(kwargs, canonical)) for args, kwargs in recorded]
+                    [(shared(args, canonical), shared(kwargs, canonical)) for args, kwargs in recorded]
                 )
         self._outside.clear()
+        self._embedding_rows = None
         return stream
 
     def run_block(self, block: nn.Module, index: int, stream: Stream, *, seen: Callable[[int], Seen] | None = None,
@@ -322,6 +316,8 @@ class StreamedModel:
     def _load_rows(self, parameter: nn.Parameter, rows: Tensor) -> Tensor:
         """Rows of an embedding: of the table where it has been read, else from the checkpoint."""
         table = self._outside.get(id(parameter))
+        if self._embedding_rows is not None and parameter is self.module.get_input_embeddings().weight:  # type: ignore[operator]
+            return self._embedding_rows(rows.cpu()).to(self.device)
         if table is not None:
             return table[rows]
         return self.weights.read_rows(self._names[id(parameter)], rows.cpu()).to(self.device)
@@ -381,20 +377,3 @@ class _Enough(Exception):
 def _set(module: nn.Module, path: str, parameter: Tensor) -> None:
     owner, _, name = path.rpartition(".")
     module.get_submodule(owner)._parameters[name] = parameter  # type: ignore[assignment]
-
-
-def _shared(value: Any, canonical: list[Tensor]) -> Any:
-    """`value` with every tensor replaced by an equal one seen before, so that equal masks are held once."""
-    if isinstance(value, Tensor):
-        for known in canonical:
-            if known is value or (
-                known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
-            ):
-                return known
-        canonical.append(value)
-        return value
-    if isinstance(value, tuple | list):
-        return type(value)(_shared(item, canonical) for item in value)
-    if isinstance(value, dict):
-        return {key: _shared(item, canonical) for key, item in value.items()}
-    return value

@@ -18,7 +18,7 @@ _NUMBER = -1.2345678901234567e-100
 def output_bytes(job: Job) -> int:
     """At most so many bytes: weight files with their headers and index, files carried along, config, card, records."""
     model = job.model
-    sites = [site for site in model.sites if site.name in job.plan.schemes]
+    sites = job.quantized
     note = "x" * (_NOTES // 2)
     records = [
         SiteRecord(site.name, job.plan.schemes[site.name].name, _NUMBER, _NUMBER, 10**9, (note,)) for site in sites

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models.base import Site
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import SiteStatistics, Streams, collect, collect_given
 from pennyweight.pipeline.journal import Journal
@@ -143,7 +144,7 @@ def _rewrite_(
     found = collect(model, block, sites, Streams(streams.quantized), has_magnitudes=True)
     rewritten = rescaler.rewrite_(block, sites, found)
     for name, tensor in rewritten.kept.items():
-        output.files.write(name, tensor)
+        output.files.write(name, output.encode_kept(name, tensor))
     return rewritten.folds
 
 
@@ -241,7 +242,7 @@ def _replay(model: StreamedModel, output: Output, index: int, streams: Streams) 
             _put_back(model, site, output.read(site))
         # A transform changes norms and biases too.
         for parameter, name in kept_names(model, index, [site.name for site in quantized]).items():
-            model.module.get_parameter(parameter).data.copy_(output.files.read(name))
+            model.module.get_parameter(parameter).data.copy_(output.read_kept(name))
         _advance(model, output, block, index, streams.quantized)
 
 

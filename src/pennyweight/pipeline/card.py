@@ -12,18 +12,12 @@ _CARD = """# {name}, quantized
 Weights of {sites} linear maps stored as {scheme}, chosen by `{solver}` ({data}); {kept} kept in float. Made by \
 Pennyweight.
 
-```python
-from transformers import {auto}
-model = {auto}.from_pretrained("path/to/this/directory")
-```
-
-Needs `transformers` and **`compressed-tensors` 0.18 or later**: older versions misread codes of 3, 5, 6 and 7 bits.
-What each layer lost, what was kept in float and why, hashes and verification: `pennyweight.json`{notes}.
+{usage}What each layer lost, what was kept in float and why, hashes and verification: `pennyweight.json`{notes}.
 """
 
 
-def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: int, is_decoder: bool) -> str:
-    """What the artefact is, how it was made and how to load it, above the card of the original in `source`."""
+def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: int, usage: str) -> str:
+    """What the artefact is, how it was made how to load it (`usage`), above the card of the original in `source`."""
     original = source / "README.md"
     body = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
     front, body = _front_matter(body.replace("\r\n", "\n"))
@@ -34,7 +28,7 @@ def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: in
         solver=recipe.solver,
         data=_data(recipe),
         kept=len(plan.kept),
-        auto="AutoModelForCausalLM" if is_decoder else "AutoModel",
+        usage=usage,
         notes=f" ({notes} layers carry notes)" if notes else "",
     )
     if recipe.runtime == "vllm":

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pennyweight.core.parallel import parallel_map
 from pennyweight.models.base import Site
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.gradients import Sensitivities
 from pennyweight.pipeline.observe import Inputs, Observer, rounds
 from pennyweight.solvers.base import Statistics
@@ -40,8 +41,7 @@ class Streams:
     @staticmethod
     def of(stream: Stream, *, has_original: bool, sensitive: Sensitivities | None = None) -> Streams:
         """Both begin with the same hidden states."""
-        original = Stream(stream.input_ids, list(stream.hidden), stream.arguments) if has_original else None
-        return Streams(stream, original, sensitive)
+        return Streams(stream, stream.branched() if has_original else None, sensitive)
 
     @property
     def are_equal(self) -> bool:

@@ -22,7 +22,8 @@ from pennyweight.core.parallel import parallel_map
 from pennyweight.models.base import Site
 from pennyweight.models.intercept import Made, Seen
 from pennyweight.models.self_text import sampled
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.kept import kept_states
 
 # How steeply weights follow s: the square root of s, of which one draw a token is a noisy estimate with a long tail.

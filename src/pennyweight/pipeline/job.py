@@ -15,11 +15,13 @@ from pennyweight.containers.weight_files import WeightFiles
 from pennyweight.core.errors import ContainerError
 from pennyweight.models.base import Site, TensorInfo
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import weight_entries
 from pennyweight.pipeline.records import CalibrationRecipe, Recipe
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import Scheme
+from pennyweight.solvers.nearest import Nearest
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,15 @@ class Draft:
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """By name, in the order of the model."""
-        return {site.name: site for site in self.model.sites}
+        """By name, in the order of the model: those of the blocks, the head, and before them the embedding where the
+        container takes one."""
+        embedding = self.model.embedding
+        first = [embedding] if embedding is not None and self.container.takes_embeddings else []
+        return {site.name: site for site in (*first, *self.model.sites)}
+
+    @property
+    def listed(self) -> list[Site]:
+        return list(self.sites.values())
 
     def finished(self, scheme: Scheme) -> Scheme:
         """`scheme` with the model's type for what was left to it."""
@@ -54,16 +63,17 @@ class Draft:
 
     def refusal(self, plan: Plan) -> str | None:
         """Why the target takes no such plan, or None."""
-        return self.container.why_not_plan(plan, self.model.sites, self.facts, runtime=self.options.runtime)
+        return self.container.why_not_plan(plan, self.listed, self.facts, runtime=self.options.runtime)
 
     def job(self, plan: Plan) -> Job:
         """The run with `plan`; raises ContainerError where the target does not take it."""
         refusal = self.refusal(plan)
         if refusal is not None:
             raise ContainerError(f"{self.container.name} for {self.options.runtime} cannot hold this plan: {refusal}")
-        entries = weight_entries(self.container, plan, self.model.sites, self.model.checkpoint)
+        entries = weight_entries(self.container, plan, self.listed, self.model.checkpoint)
         drafted = {field.name: getattr(self, field.name) for field in fields(Draft)}
-        return Job(**drafted, plan=plan, entries=entries, layout=WeightFiles.plan(entries), recipe=self._recipe(plan))
+        layout = self.container.layout(entries, plan)
+        return Job(**drafted, plan=plan, entries=entries, layout=layout, recipe=self._recipe(plan))
 
     def _recipe(self, plan: Plan) -> Recipe:
         options, calibration = self.options, None
@@ -76,7 +86,7 @@ class Draft:
             )
         steps = options.steps
         return Recipe(
-            scheme=options.scheme,
+            scheme=options.scheme or self.container.default_scheme,
             plan=plan.names if options.is_planned else None,
             budget=None if options.budget is None else str(options.budget),
             effort=options.effort,
@@ -108,3 +118,18 @@ class Job(Draft):
     entries: Mapping[str, TensorInfo]
     layout: WeightFiles
     recipe: Recipe
+
+    @property
+    def quantized(self) -> list[Site]:
+        """The sites that have a scheme."""
+        return [site for site in self.listed if site.name in self.plan.schemes]
+
+    @property
+    def embedding(self) -> Site | None:
+        """The embedding, where it has a scheme."""
+        return next((site for site in self.quantized if site.kind == "embedding"), None)
+
+    @property
+    def blind(self) -> Chain:
+        """How the codes of what is not calibrated are chosen."""
+        return Chain(solver=Nearest(self.options.fit), fit=self.options.fit)

@@ -13,7 +13,8 @@ import torch
 from pennyweight.containers.weight_files import OpenWeightFiles, WeightFiles
 from pennyweight.core.files import check_space
 from pennyweight.models.base import TensorInfo
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pennyweight.core.registry import find
 from pennyweight.models import text
 from pennyweight.pipeline.costs.base import DEFAULT_COST, Tell, tell_nobody
 from pennyweight.pipeline.costs.cache import cached_costs
+from pennyweight.pipeline.costs.embedding import EmbeddingCost
 from pennyweight.pipeline.job import Draft
 from pennyweight.pipeline.windows import some_windows
 from pennyweight.plan.candidates import Candidates
@@ -30,15 +31,21 @@ class Measuring:
     def __call__(self, groups: Sequence[Candidates]) -> list[list[float]]:
         windows = some_windows(self.draft.model, self.draft.options, self.draft.windows)
         batches = text.batches(windows[:_WINDOWS])
-        with tempfile.TemporaryDirectory(prefix="pennyweight-costs-") as directory:
-            return cached_costs(
-                find("pipeline.costs", DEFAULT_COST),
-                self.draft.model,
-                batches,
-                groups,
-                inputs=self.draft.inputs,
-                solver=find("solvers", "nearest"),
-                seed=self.draft.options.seed,
-                scratch=Path(directory) / "work",
-                tell=self.tell,
-            )
+        embedding = self.draft.model.embedding
+        first = [group for group in groups if embedding is not None and embedding.name in group.sites]
+        rest = [group for group in groups if group not in first]
+        measured: list[list[float]] = []
+        for cost, some in ((EmbeddingCost(), first), (find("pipeline.costs", DEFAULT_COST), rest)):
+            with tempfile.TemporaryDirectory(prefix="pennyweight-costs-") as directory:
+                measured += cached_costs(
+                    cost,
+                    self.draft.model,
+                    batches,
+                    some,
+                    inputs=self.draft.inputs,
+                    solver=find("solvers", "nearest"),
+                    seed=self.draft.options.seed,
+                    scratch=Path(directory) / "work",
+                    tell=self.tell,
+                )
+        return [measured[[*first, *rest].index(group)] for group in groups]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pennyweight.models.base import Site
 from pennyweight.models.intercept import Seen, Watched
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 
 # Tokens whose activations are held at once: a constant, so that sums are cut alike on every machine.
 _ROUND_TOKENS = 2048

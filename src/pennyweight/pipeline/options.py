@@ -23,6 +23,7 @@ NONE = "none"
 @dataclass(frozen=True)
 class Options:
     """scheme        short name, see `parse_scheme`: of every site, where there is neither a budget nor a plan
+    bits          in place of a scheme: what the container does best in so many; without both, what it does best
     budget        what the result may take or lose: chooses the scheme of each site
     plan          the scheme of each site, chosen before
     keep, at      globs of sites that stay in float; GLOB=SCHEME for sites that get no other
@@ -45,7 +46,8 @@ class Options:
     device        torch device of the arithmetic
     """
 
-    scheme: str = "int4-g128"
+    scheme: str | None = None
+    bits: int | None = None
     budget: Budget | None = None
     plan: PlanEntries | None = None
     keep: tuple[str, ...] = ()
@@ -70,7 +72,12 @@ class Options:
 
     def check(self) -> None:
         """Raises UsageError for what can be seen without the model."""
-        parse_scheme(self.scheme)
+        if self.scheme is not None and self.bits is not None:
+            raise UsageError(f"--scheme {self.scheme} and --bits {self.bits} exclude each other: give one")
+        if self.scheme is not None:
+            parse_scheme(self.scheme)
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise UsageError(f"--bits {self.bits}: give 2 to 8")
         if self.budget is not None and self.plan is not None:
             raise UsageError(f"{self.budget} and the plan {self.plan.source} exclude each other: give one")
         if self.plan is not None and (self.keep or self.at):

@@ -6,11 +6,14 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pennyweight.containers.base import Container
+import torch
+from torch import Tensor
+
+from pennyweight.containers.base import Container, Kept
 from pennyweight.containers.weight_files import OpenWeightFiles, tensor_bytes
 from pennyweight.core.errors import ContainerError
 from pennyweight.core.parallel import chunks, parallel_map
@@ -19,6 +22,8 @@ from pennyweight.pipeline.solve import check_finite
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import QuantizedWeight
 
+# Rows of an embedding that are unpacked at once.
+_ROWS = 4096
 # Bytes of a kept tensor that one thread copies at a time, and bytes that are copied before they go to the disk.
 _COPY_BYTES, _FLUSH_BYTES = 1 << 22, 1 << 25
 # What travels with the weights: tokenizer, chat templates, generation settings, the further modules of a sentence
@@ -53,8 +58,8 @@ class Output:
     checkpoint: Checkpoint
 
     def kept_tensors(self, sites: Sequence[Site]) -> list[str]:
-        replaced = _replaced(self.plan, sites)
-        return [name for name in self.checkpoint.tensors if name not in replaced]
+        """Names of the checkpoint's tensors that are in the output, in float."""
+        return list(_kept(self.container, self.plan, sites, self.checkpoint))
 
     def copy_kept(self, names: Sequence[str]) -> None:
         """Copy tensors that stay as they are to the disk, a piece at a time; raises WeightError on NaN or infinity."""
@@ -68,11 +73,13 @@ class Output:
                     self._copy_all(batch)
                     batch, waiting = [], 0
         self._copy_all(batch)
+        for name, tensor in self.container.added.items():
+            self.files.write(name, tensor)
 
     def _parts(self, name: str) -> list[slice | None]:
         """Rows that are copied at once, None for the whole tensor."""
         info = self.checkpoint.tensors[name]
-        if not info.shape or info.size_bytes <= _COPY_BYTES:
+        if not info.shape or info.size_bytes <= _COPY_BYTES or not self._kept(name).by_rows:
             return [None]
         return [*chunks(info.shape[0], max(1, _COPY_BYTES // (info.size_bytes // info.shape[0])))]
 
@@ -85,9 +92,25 @@ class Output:
         tensor = self.checkpoint.read(name, part)
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             check_finite(tensor, name)
-        info = self.checkpoint.tensors[name]
-        offset = 0 if part is None else part.start * (info.size_bytes // info.shape[0])
-        self.files.write_chunk(name, offset, tensor_bytes(tensor))
+        kept = self._kept(name)
+        offset = 0 if part is None else part.start * (kept.info.size_bytes // kept.info.shape[0])
+        self.files.write_chunk(name, offset, tensor_bytes(kept.encode(tensor)))
+
+    def _kept(self, name: str) -> Kept:
+        kept = self.container.kept(name, self.checkpoint.tensors[name])
+        assert kept is not None
+        return kept
+
+    def encode_kept(self, name: str, tensor: Tensor) -> Tensor:
+        """The checkpoint's `tensor` of that name as `files` hold it."""
+        return self._kept(name).encode(tensor)
+
+    def read_kept(self, name: str, part: slice | None = None) -> Tensor:
+        """The checkpoint's tensor `name`, or rows of it, as it was written."""
+        kept = self._kept(name)
+        if part is None or kept.by_rows:
+            return kept.decode(self.files.read(name, part))
+        return kept.decode(self.files.read(name))[part]
 
     def write(self, site: Site, weight: QuantizedWeight) -> None:
         for name, tensor in self.container.encode(site, weight).items():
@@ -99,11 +122,28 @@ class Output:
         names = self.container.entries(site, scheme)
         return self.container.decode(site, scheme, {name: self.files.read(name) for name in names})
 
+    def read_rows(self, site: Site, rows: slice) -> QuantizedWeight:
+        """Some rows of what was written for an embedding."""
+        scheme = self.plan.schemes[site.name]
+        part = replace(site, shape=(len(range(*rows.indices(site.shape[0]))), site.shape[1]))
+        names = self.container.entries(site, scheme)
+        return self.container.decode(part, scheme, {name: self.files.read(name, rows) for name in names})
+
+    def embedding_rows(self, site: Site, ids: Tensor) -> Tensor:
+        """The decoded rows of an embedding for token ids [...], float32 [..., width]; no more than these is decoded."""
+        wanted, where = torch.unique(ids, return_inverse=True)
+        found = []
+        for part in chunks(site.shape[0], _ROWS):
+            here = wanted[(wanted >= part.start) & (wanted < part.stop)]
+            if len(here):
+                found.append(self.read_rows(site, part).rows(here - part.start).dequantize())
+        return torch.cat(found)[where]
+
 
 def weight_entries(
     container: Container, plan: Plan, sites: Sequence[Site], checkpoint: Checkpoint
 ) -> dict[str, TensorInfo]:
-    """Every tensor that will be written, in the order of writing: what is kept, then block after block."""
+    """Every tensor that will be written, in the order of writing: what is kept or added, then block after block."""
     replaced = _replaced(plan, sites)
     inside = Counter(site.tensor for site in sites)
     quantized = Counter(site.tensor for site in sites if site.name in plan.schemes)
@@ -114,11 +154,18 @@ def weight_entries(
                 f"{name}: {here} of the {all_of_it} matrices in it would be quantized and the others lost: "
                 "quantize all of them, or keep all in float"
             )
-    entries = {name: info for name, info in checkpoint.tensors.items() if name not in replaced}
+    entries = {name: kept.info for name, kept in _kept(container, plan, sites, checkpoint).items()}
+    entries |= {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in container.added.items()}
     for site in sites:
         if site.name in plan.schemes:
             entries.update(container.entries(site, plan.schemes[site.name]))
     return entries
+
+
+def _kept(container: Container, plan: Plan, sites: Sequence[Site], checkpoint: Checkpoint) -> dict[str, Kept]:
+    replaced = _replaced(plan, sites)
+    found = ((name, container.kept(name, info)) for name, info in checkpoint.tensors.items() if name not in replaced)
+    return {name: kept for name, kept in found if kept is not None}
 
 
 def _replaced(plan: Plan, sites: Sequence[Site]) -> dict[str, None]:
@@ -136,8 +183,10 @@ def carried_files(model: Path) -> list[Path]:
     )
 
 
-def config_text(model: Path, quantization_config: Mapping[str, Any], *, dtype: str, changes: Mapping[str, Any]) -> str:
-    """config.json of the model with the container's `quantization_config` in place of any former one.
+def config_text(
+    model: Path, quantization_config: Mapping[str, Any] | None, *, dtype: str, changes: Mapping[str, Any]
+) -> str:
+    """config.json of the model with the container's `quantization_config`, if it has one, in place of any former one.
 
     `dtype` is what the scales were rounded for: the config says it, so that the runtime loads the model in no other.
     `changes` are entries that the written tensors ask for.
@@ -150,7 +199,8 @@ def config_text(model: Path, quantization_config: Mapping[str, Any], *, dtype: s
     config.update(changes)
     if not any(config.get(key) for key in ("dtype", "torch_dtype")):
         config["dtype"] = dtype
-    config["quantization_config"] = dict(quantization_config)
+    if quantization_config is not None:
+        config["quantization_config"] = dict(quantization_config)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -29,8 +29,9 @@ Measure = Callable[[Sequence[Candidates]], list[list[float]]]
 
 # Of a frontier: about a hundredth in size between them.
 _POINTS = 200
-# Of a head in fewer bits everything suffers.
-_LEAST_HEAD_BITS = 4
+# Of a head or an embedding in fewer bits everything suffers.
+_LEAST_BITS_OF_ENDS = 4
+ENDS = ("head", "embedding")
 # Rounds in which the room for tensors is cut by what the output was too large by.
 _ROUNDS = 8
 
@@ -125,12 +126,12 @@ def _fitted(group: Group, wanted: Scheme) -> Scheme | None:
 def problem_of(draft: Draft, measure: Measure) -> Problem:
     """Everything that can be chosen for the model of `draft`, with its costs."""
     model, container = draft.model, draft.container
-    fused = [*container.fused(model.sites, runtime=draft.options.runtime), *_same_tensor(model.sites)]
+    fused = [*container.fused(draft.listed, runtime=draft.options.runtime), *_same_tensor(draft.listed)]
     decided = decided_of(draft, fused)
 
     def why_not(scheme: Scheme, name: str) -> str | None:
-        if draft.sites[name].kind == "head" and scheme.element.bits < _LEAST_HEAD_BITS:
-            return "too few bits for a head"
+        if draft.sites[name].kind in ENDS and scheme.element.bits < _LEAST_BITS_OF_ENDS:
+            return "too few bits for a head or an embedding"
         return draft.why_not(scheme, name)
 
     found = candidates(
@@ -139,6 +140,8 @@ def problem_of(draft: Draft, measure: Measure) -> Problem:
         decided=decided,
         finish=draft.finished,
         why_not=why_not,
+        alphabet=container.alphabet,
+        stand_ins=container.stand_ins,
     )
     found = [_without_refused(draft, one, found) for one in found]
     costs = measure(found)
@@ -152,8 +155,9 @@ def problem_of(draft: Draft, measure: Measure) -> Problem:
         )
         for one, of_group in zip(found, costs, strict=True)
     ]
-    owned = {site.tensor for site in model.sites}
-    fixed = sum(info.size_bytes for name, info in model.checkpoint.tensors.items() if name not in owned)
+    owned = {site.tensor for site in draft.listed}
+    fixed = sum(_kept_bytes(draft, name) for name in model.checkpoint.tensors if name not in owned)
+    fixed += sum(tensor.nbytes for tensor in container.added.values())
     return Problem(groups, fixed, weight_count(model), decided)
 
 
@@ -181,13 +185,28 @@ def _taken(draft: Draft, site: str, decided: Decided) -> Decided:
 
 
 def uniform(draft: Draft) -> Plan:
-    """The scheme of the options for every site of the blocks, but for those that the user decided otherwise."""
+    """The scheme of the options for every site of the blocks, and for embedding and head what the container gives them
+    then, but for those that the user decided otherwise."""
     decided = decided_of(draft, ())
-    shapes = {name: site.shape for name, site in draft.sites.items() if name not in decided and site.kind != "head"}
-    plan = uniform_plan(shapes, draft.finished(parse_scheme(draft.options.scheme)), draft.why_not)
-    schemes = {name: one.scheme for name, one in decided.items() if one.scheme is not None} | dict(plan.schemes)
-    kept = {name: one.reason for name, one in decided.items() if one.scheme is None} | dict(plan.kept)
-    return Plan({name: schemes[name] for name in draft.sites if name in schemes}, kept, plan.changed)
+    container, scheme = (
+        draft.container,
+        draft.finished(parse_scheme(draft.options.scheme or draft.container.default_scheme)),
+    )
+
+    def planned(is_end: bool, wanted: Scheme | None) -> Plan:
+        sites = {name: site.shape for name, site in draft.sites.items() if (site.kind in ENDS) == is_end}
+        open_ones = {name: shape for name, shape in sites.items() if name not in decided}
+        return Plan({}) if wanted is None else uniform_plan(open_ones, wanted, draft.why_not, container.stand_ins)
+
+    plans = [planned(False, scheme), planned(True, container.scheme_of_ends(scheme))]
+    schemes = {name: one.scheme for name, one in decided.items() if one.scheme is not None}
+    kept = {name: one.reason for name, one in decided.items() if one.scheme is None}
+    changed: dict[str, str] = {}
+    for plan in plans:
+        schemes |= plan.schemes
+        kept |= plan.kept
+        changed |= plan.changed
+    return Plan({name: schemes[name] for name in draft.sites if name in schemes}, kept, changed)
 
 
 def given(draft: Draft, entries: PlanEntries) -> Plan:
@@ -224,8 +243,14 @@ def _without_refused(draft: Draft, one: Candidates, every: Sequence[Candidates])
 
 def _bytes(draft: Draft, sites: Sequence[Site], scheme: Scheme | None) -> int:
     if scheme is None:
-        return sum(draft.model.checkpoint.tensors[name].size_bytes for name in {site.tensor for site in sites})
+        return sum(_kept_bytes(draft, name) for name in {site.tensor for site in sites})
     return sum(info.size_bytes for site in sites for info in draft.container.entries(site, scheme).values())
+
+
+def _kept_bytes(draft: Draft, name: str) -> int:
+    """Of a tensor of the checkpoint that stays in float, as it will be stored."""
+    kept = draft.container.kept(name, draft.model.checkpoint.tensors[name])
+    return 0 if kept is None else kept.info.size_bytes
 
 
 def within(draft: Draft, problem: Problem, budget: Budget) -> Plan:

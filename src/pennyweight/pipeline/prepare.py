@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from pennyweight.containers.base import Container, ModelFacts
 from pennyweight.core.errors import ContainerError, ModelError, UsageError
 from pennyweight.core.hashing import Hashes
 from pennyweight.core.registry import provided
+from pennyweight.models.config_json import read_config_json
 from pennyweight.models.hub import resolve
 from pennyweight.models.residual import rotated
 from pennyweight.models.streamed import StreamedModel
@@ -71,7 +73,11 @@ def drafted(model: str, options: Options, container: Container | None, hashes: H
         hashes.close()
     local = Path(model).expanduser()
     name = local.resolve().name if local.exists() else model
-    return Draft(streamed, name, container, _facts(streamed), inputs, windows, options)
+    facts = _facts(streamed)
+    container = container.bound(facts)
+    named = container.default_scheme if options.bits is None else container.scheme_of_bits(options.bits)
+    options = replace(options, scheme=options.scheme or named, bits=None)
+    return Draft(streamed, name, container, facts, inputs, windows, options)
 
 
 def _input_files(path: Path) -> list[Path]:
@@ -83,6 +89,9 @@ def _input_files(path: Path) -> list[Path]:
 def _facts(model: StreamedModel) -> ModelFacts:
     return ModelFacts(
         model_type=model.config.model_type,
+        path=model.path,
+        config=read_config_json(model.path),
+        tensors=model.checkpoint.tensors,
         linear_names=model.linear_names(),
         tied_head=model.tied_head,
         dtype=_loaded_dtype(model),

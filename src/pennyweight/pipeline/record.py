@@ -31,15 +31,15 @@ def write_sidecars(job: Job, directory: Path, records: Sequence[SiteRecord]) -> 
 
 def config_of(job: Job) -> str:
     """config.json."""
-    quantization = job.container.config(job.plan, job.model.sites, job.facts, runtime=job.options.runtime)
+    quantization = job.container.config(job.plan, job.listed, job.facts, runtime=job.options.runtime)
     changes = job.model.checkpoint.config_changes
     return config_text(job.model.path, quantization, dtype=job.facts.dtype, changes=changes)
 
 
 def card_of(job: Job, *, notes: int) -> str:
     """README.md; `notes`: how many sites have some."""
-    is_decoder = job.model.is_decoder
-    return model_card(job.model.path, job.recipe, job.plan, name=job.model_name, notes=notes, is_decoder=is_decoder)
+    usage = job.container.usage(is_decoder=job.model.is_decoder)
+    return model_card(job.model.path, job.recipe, job.plan, name=job.model_name, notes=notes, usage=usage)
 
 
 def recorded_files(directory: Path) -> list[str]:
@@ -59,7 +59,7 @@ def arithmetic(job: Job) -> dict[str, str]:
 def run_report(job: Job, target: Path, records: Sequence[SiteRecord]) -> RunReport:
     """What can be said before the result is verified and measured."""
     budget = job.options.budget
-    sites = [site for site in job.model.sites if site.name in job.plan.schemes]
+    sites = job.quantized
     bits = sum(job.plan.schemes[site.name].storage_bits(site.shape) for site in sites)
     tensor_bytes = sum(info.size_bytes for info in job.entries.values())
     return RunReport(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ from pennyweight.pipeline.output import Output, carried_files
 from pennyweight.pipeline.prepare import container_for, prepare
 from pennyweight.pipeline.record import arithmetic, recorded_files, run_record, run_report, write_sidecars
 from pennyweight.pipeline.records import RunReport, SiteRecord, Tell
+from pennyweight.pipeline.rows import solve_without_data
 
 __all__ = ["Finish", "container_for", "quantize"]
 
@@ -227,7 +229,7 @@ def _measured(report: RunReport) -> dict[str, Any]:
 def _opened(job: Job, target: Path, directory: Path) -> OpenWeightFiles:
     """The work directory with weight files of full length, new or from an earlier run with the same recipe."""
     carried = sum(file.stat().st_size for file in carried_files(job.model.path))
-    needed = job.layout.size_bytes + carried + _SIDECARS_BYTES + len(job.model.sites) * _SITE_BYTES
+    needed = job.layout.size_bytes + carried + _SIDECARS_BYTES + len(job.sites) * _SITE_BYTES
     check_space(target.parent, needed - allocated_bytes(directory))
     if Journal.open(directory).finished:
         try:
@@ -242,15 +244,21 @@ def _opened(job: Job, target: Path, directory: Path) -> OpenWeightFiles:
 
 def _write_weights(job: Job, output: Output, directory: Path, journal: Journal, tell: Tell) -> list[SiteRecord]:
     if "kept" not in journal.finished:
-        output.copy_kept(output.kept_tensors(job.model.sites))
+        output.copy_kept(output.kept_tensors(job.listed))
         journal.add("kept", [])
-    chain = job.options.chain
-    return run_blocks(
-        job.model, output, journal, chain=chain, streams=_start(job, directory, journal, chain), tell=tell
-    )
+    chain, embedding = job.options.chain, job.embedding
+    records: list[SiteRecord] = []
+    if embedding is not None:
+        if "embedding" not in journal.finished:
+            found = solve_without_data(job.model, output, [embedding], job.blind)
+            output.files.flush()
+            journal.add("embedding", found)
+        records = journal.finished["embedding"]
+    streams = _start(job, output, directory, journal, chain)
+    return [*records, *run_blocks(job.model, output, journal, chain=chain, streams=streams, tell=tell)]
 
 
-def _start(job: Job, directory: Path, journal: Journal, chain: Chain) -> Streams | None:
+def _start(job: Job, output: Output, directory: Path, journal: Journal, chain: Chain) -> Streams | None:
     # What an interrupted run left there.
     shutil.rmtree(directory / _GRADIENTS, ignore_errors=True)
     if job.windows is None or journal.blocks == count_blocks(job.model, job.plan):
@@ -261,4 +269,8 @@ def _start(job: Job, directory: Path, journal: Journal, chain: Chain) -> Streams
         has_head = count_blocks(job.model, job.plan) > len(job.model.blocks)
         scratch = directory / _GRADIENTS
         sensitive = sensitivities(job.model, batches, scratch, seed=job.options.seed, has_head=has_head)
-    return Streams.of(job.model.start(batches), has_original=chain.needs_original, sensitive=sensitive)
+    embedding = job.embedding
+    if embedding is None:
+        return Streams.of(job.model.start(batches), has_original=chain.needs_original, sensitive=sensitive)
+    quantized = job.model.start(batches, embedding=partial(output.embedding_rows, embedding))
+    return Streams(quantized, job.model.start(batches) if chain.needs_original else None, sensitive)

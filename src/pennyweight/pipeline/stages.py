@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from pennyweight.models.base import Site
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.collect import pool_of
 from pennyweight.pipeline.observe import Observer
 

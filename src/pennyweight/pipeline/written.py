@@ -9,20 +9,22 @@ from typing import Any
 
 from torch import Tensor
 
-from pennyweight.containers.weight_files import OpenWeightFiles
-from pennyweight.models.base import Checkpoint, TensorInfo
+from pennyweight.models.base import Checkpoint, Site, TensorInfo
+from pennyweight.pipeline.output import Output
 
 
 @dataclass(frozen=True)
 class WrittenCheckpoint:
-    """`original` with the tensors `kept` as they are in the output: a transform changes norms, biases and routers.
+    """`original` with the tensors `kept` as they are in the output: a transform changes norms, biases and routers. And
+    with its `embedding`, where that was quantized.
 
     See `Checkpoint` for the members.
     """
 
     original: Checkpoint
-    files: OpenWeightFiles
+    output: Output
     kept: frozenset[str]
+    embedding: Site | None
 
     @property
     def path(self) -> Path:
@@ -45,5 +47,9 @@ class WrittenCheckpoint:
         return self.original.config_changes
 
     def read(self, name: str, part: slice | None = None) -> Tensor:
-        """As it was written where it is kept, else the original's."""
-        return self.files.read(name, part) if name in self.kept else self.original.read(name, part)
+        """As it was written where it is kept or the embedding, else the original's."""
+        if name in self.kept:
+            return self.output.read_kept(name, part)
+        if self.embedding is not None and name == self.embedding.tensor:
+            return self.output.read_rows(self.embedding, part or slice(None)).dequantize().to(self.tensors[name].dtype)
+        return self.original.read(name, part)

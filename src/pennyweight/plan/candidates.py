@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pennyweight.plan.overrides import Decided
-from pennyweight.plan.uniform import WhyNot, fitting
+from pennyweight.plan.uniform import StandIns, WhyNot, finer, fitting
 from pennyweight.schemes import PerGroup, Scheme, parse_scheme
 
 # About half a bit apart, with small groups where the codes have few bits: there scales earn their place.
-_NAMES = (
+INTEGERS = (
     "int2-g128", "int2-g64", "int2-g32", "int3-g128", "int3-g64", "int3-g32",
     "int4-g128", "int4-g64", "int4-g32", "int5-g128", "int6-g128", "int8-g128",
 )  # fmt: skip
@@ -34,6 +34,8 @@ def candidates(
     decided: Mapping[str, Decided],
     finish: Callable[[Scheme], Scheme],
     why_not: WhyNot,
+    alphabet: Sequence[str] = INTEGERS,
+    stand_ins: StandIns = finer,
 ) -> list[Candidates]:
     """For each set of sites that must share a scheme all that the target takes, in the order of `shapes`.
 
@@ -42,8 +44,7 @@ def candidates(
     decided   what is left to no choice
     finish    what is said of every scheme: the type of its scales
     why_not   of the target, for one site
-
-    Where a group size does not divide the inputs, the largest that does and is smaller takes its place.
+    alphabet  names of the schemes to choose from; `stand_ins` where one of them does not fit
     """
     total = sum(out * inputs for out, inputs in shapes.values())
     found = []
@@ -53,16 +54,16 @@ def candidates(
             continue
         weights = sum(shapes[site][0] * shapes[site][1] for site in sites)
         is_large = len(sites) > 1 and weights > _LARGE * total
-        schemes = (finish(scheme) for scheme in _alphabet(is_large))
+        schemes = (finish(scheme) for scheme in _alphabet(alphabet, is_large))
         taken = dict.fromkeys(
-            scheme for wanted in schemes if (scheme := _shared(sites, shapes, wanted, why_not)) is not None
+            scheme for wanted in schemes if (scheme := _shared(sites, shapes, wanted, why_not, stand_ins)) is not None
         )
         found.append(Candidates(sites, (*taken, None)))
     return found
 
 
-def _alphabet(is_large: bool) -> Iterator[Scheme]:
-    yield from (parse_scheme(name) for name in _NAMES)
+def _alphabet(names: Sequence[str], is_large: bool) -> Iterator[Scheme]:
+    yield from (parse_scheme(name) for name in names)
     if is_large:
         for bits in range(2, 9):
             plain = parse_scheme(f"int{bits}-channel")
@@ -71,10 +72,14 @@ def _alphabet(is_large: bool) -> Iterator[Scheme]:
 
 
 def _shared(
-    sites: Sequence[str], shapes: Mapping[str, tuple[int, int]], wanted: Scheme, why_not: WhyNot
+    sites: Sequence[str],
+    shapes: Mapping[str, tuple[int, int]],
+    wanted: Scheme,
+    why_not: WhyNot,
+    stand_ins: StandIns,
 ) -> Scheme | None:
     """`wanted`, fitted to the first site, if all others take it too."""
-    scheme = fitting(sites[0], shapes[sites[0]], wanted, why_not).scheme
+    scheme = fitting(sites[0], shapes[sites[0]], wanted, why_not, stand_ins).scheme
     if scheme is None or any(not _takes(site, shapes[site], scheme, why_not) for site in sites[1:]):
         return None
     return scheme

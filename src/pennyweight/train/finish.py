@@ -77,8 +77,8 @@ class Recovery:
 
 def _as_written(job: Job, output: Output) -> StreamedModel:
     """The model with what is kept in float as a transform may have left it."""
-    kept = frozenset(output.kept_tensors(job.model.sites))
-    checkpoint = WrittenCheckpoint(job.model.checkpoint, output.files, kept)
+    kept = frozenset(output.kept_tensors(job.listed))
+    checkpoint = WrittenCheckpoint(job.model.checkpoint, output, kept, job.embedding)
     options = job.options
     return StreamedModel(
         job.model.path, trust_remote_code=options.trust_remote_code, device=options.device, checkpoint=checkpoint
@@ -86,7 +86,7 @@ def _as_written(job: Job, output: Output) -> StreamedModel:
 
 
 def _sites(job: Job) -> list[Site]:
-    return [site for site in job.model.sites if site.name in job.plan.schemes]
+    return [site for site in job.quantized if site.kind != "embedding"]
 
 
 def _changed(job: Job, output: Output, recovered: Recovered) -> dict[str, Tensor]:
@@ -96,7 +96,8 @@ def _changed(job: Job, output: Output, recovered: Recovered) -> dict[str, Tensor
         return changed
     for site in _sites(job):
         changed.update(_differing(output, output.container.encode(site, recovered.weights[site.name])))
-    changed.update(_differing(output, recovered.vectors))
+    vectors = {name: output.encode_kept(name, tensor) for name, tensor in recovered.vectors.items()}
+    changed.update(_differing(output, vectors))
     return changed
 
 

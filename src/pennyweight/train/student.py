@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pennyweight.core.parallel import parallel_map
 from pennyweight.models.sites import Place
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.schemes import QuantizedWeight
 from pennyweight.schemes.parameters import Parameters
 from pennyweight.train.masters import Master, TrainedSite, vector_master

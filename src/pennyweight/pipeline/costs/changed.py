@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.models.base import Site
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.costs.base import Tell, named_sites
 from pennyweight.pipeline.costs.compared import compared
@@ -40,9 +41,7 @@ class Original:
         """The mean loss over the tokens of each of `variants` models in which `sites` alone are `changed`; float32."""
         first = min(site.block for site in sites)
         self.kept.take(first, self.stream)
-        streams = [
-            Stream(self.stream.input_ids, list(self.stream.hidden), self.stream.arguments) for _ in range(variants)
-        ]
+        streams = [self.stream.branched() for _ in range(variants)]
         for index in range(first, len(self.model.blocks)):
             here = {site.name: site for site in sites if site.block == index}
             with self.model.opened(index) as block:

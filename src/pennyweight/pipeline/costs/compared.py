@@ -9,7 +9,8 @@ from types import MappingProxyType
 from torch import Tensor
 
 from pennyweight.core.parallel import chunks, parallel_map
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.losses import distance, kl
 
 # Tokens whose logits a thread holds at once: a vocabulary is large.

@@ -13,7 +13,8 @@ from torch import Tensor
 from pennyweight.core.parallel import one_thread_per_operation, parallel_map
 from pennyweight.kernels.matmul import matmul_nt
 from pennyweight.models.base import Site
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.collect import pool_of
 from pennyweight.pipeline.costs.base import Cost, Tell, asked_schemes, named_sites, summed, tell_nobody
 from pennyweight.pipeline.costs.compared import compared

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from pennyweight.models.base import Site
-from pennyweight.models.streamed import Stream, StreamedModel
+from pennyweight.models.stream import Stream
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import SiteStatistics, Streams, collect, collect_given
 from pennyweight.pipeline.solve import SolvedSite, check_finite, solve_site
