@@ -1,0 +1,278 @@
+"""GGUF, the file of llama.cpp: metadata, tokenizer and weights in one, or in numbered parts.
+
+A site becomes one tensor of blocks (models/gguf/types.py), an expert a part of the tensor that stacks all experts of its
+layer; names, the order of rows and metadata are those of models/gguf/conversion.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pennyweight.containers.base import Container, Kept, ModelFacts
+from pennyweight.containers.weight_files import Place, WeightFiles
+from pennyweight.core.errors import ContainerError, UsageError
+from pennyweight.models.base import Site, TensorInfo
+from pennyweight.plan.plan import Plan
+from pennyweight.schemes import QuantizedWeight, Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from pennyweight.models.gguf.conversion import Conversion
+    from pennyweight.models.gguf.fields import FieldValue
+    from pennyweight.models.gguf.stored import Stored
+    from pennyweight.models.gguf.types import BlockType
+
+STEM = "model"
+# What a download of one file may be asked to be; Hugging Face takes no more than 50 GB.
+_FILE_BYTES = 48 * 10**9
+# What a budget chooses from: each with the least error of its size.
+_ALPHABET = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+_OF_BITS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
+# Where 256 does not divide the inputs, as llama.cpp's quantizer falls back.
+_STAND_INS = {
+    "q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "tq2_0": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1",
+    "q6_k": "q8_0",
+}  # fmt: skip
+# An embedding or a head in fewer bits costs more than it saves.
+_LEAST_OF_ENDS = "q6_k"
+# Presets of llama.cpp whose names say more than a type.
+_FILE_TYPES = {
+    "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M", "MXFP4": "MOSTLY_MXFP4_MOE",
+}  # fmt: skip
+_USAGE = """```sh
+llama-cli -m model.gguf -p "Once upon a time"
+```
+
+Needs `llama.cpp`, or what is built on it. `config.json` and the tokenizer files beside `model.gguf`, which holds all
+that it needs, are for tools that read Hugging Face models.
+"""
+
+
+@dataclass(frozen=True)
+class Gguf(Container):
+    """The container of llama.cpp; `model` says where each tensor goes, None before it is bound to one."""
+
+    model: Conversion | None = None
+
+    @property
+    def name(self) -> str:
+        return "gguf"
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        return ("llama.cpp",)
+
+    @property
+    def default_scheme(self) -> str:
+        return "q4_k"
+
+    def scheme_of_bits(self, bits: int) -> str:
+        """Raises UsageError for a width that GGUF does not have."""
+        if bits not in _OF_BITS:
+            raise UsageError(f"--bits {bits}: GGUF has types of {', '.join(map(str, _OF_BITS))} bits: give one of these")
+        return _OF_BITS[bits]
+
+    @property
+    def alphabet(self) -> Sequence[str]:
+        return _ALPHABET
+
+    def stand_ins(self, scheme: Scheme, inputs: int) -> Sequence[Scheme]:
+        return [parse_scheme(_STAND_INS[scheme.name])] if scheme.name in _STAND_INS else []
+
+    def scheme_of_ends(self, scheme: Scheme) -> Scheme | None:
+        least = parse_scheme(_LEAST_OF_ENDS)
+        return scheme if scheme.element.bits >= least.element.bits else least
+
+    @property
+    def takes_embeddings(self) -> bool:
+        return True
+
+    def bound(self, facts: ModelFacts) -> Container:
+        from pennyweight.models.gguf.conversion import conversion
+
+        model = conversion(facts.path, facts.config, facts.tensors)
+        split = [name for name, parts in model.places.items() if len(parts) > 1]
+        if split:
+            raise ContainerError(
+                f"{split[0]}: the checkpoint holds the gate and up projections of all experts in one tensor, which GGUF "
+                "splits: save the model with one tensor an expert (transformers' save_pretrained does)"
+            )
+        return Gguf(model)
+
+    def why_not(self, scheme: Scheme, site: Site, *, runtime: str) -> str | None:
+        kind = _block_type(scheme)
+        if kind is None:
+            return f"{site.name}: {scheme} given; GGUF has no type for it: use one of {', '.join(_names())}"
+        if site.shape[1] % kind.weights:
+            return f"{site.name}: blocks of {kind.weights} weights do not divide its {site.shape[1]} inputs"
+        place = self._place(site.tensor)
+        if site.index is not None or site.rows is not None or site.transposed or place is None or place.rows is not None:
+            return f"{site.name}: it is not a tensor of its own in the checkpoint, row by row as GGUF stores it"
+        return None
+
+    def why_not_plan(self, plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtime: str) -> str | None:
+        if not plan.schemes:
+            return "no site has a scheme: there is nothing to write that llama.cpp's converter would not"
+        for names in self.fused(sites, runtime=runtime):
+            chosen = {name: plan.schemes.get(name) for name in names}
+            if len(set(chosen.values())) > 1:
+                one, other = dict(zip(chosen.values(), chosen, strict=True)).items()
+                return f"{one[1]} is {one[0]} and {other[1]} {other[0]}, but GGUF holds all experts of a layer as one type"
+        return None
+
+    def fused(self, sites: Sequence[Site], *, runtime: str) -> list[tuple[str, ...]]:
+        """Experts that GGUF stacks in one tensor."""
+        stacks: dict[str, list[str]] = {}
+        for site in sites:
+            place = self._place(site.tensor)
+            if place is not None and place.expert is not None:
+                stacks.setdefault(place.tensor, []).append(site.name)
+        return [tuple(names) for names in stacks.values() if len(names) > 1]
+
+    def kept(self, name: str, info: TensorInfo) -> Kept | None:
+        place = self._place(name)
+        if place is None:
+            return None
+        dtype = torch.float32 if place.is_float32 or not info.dtype.is_floating_point else info.dtype
+        return Kept(
+            TensorInfo(dtype, place.shape),
+            encode=partial(_stored, place, dtype),
+            decode=partial(_restored, place, info.dtype),
+            by_rows=place.heads is None and place.rows is None,
+        )
+
+    @property
+    def added(self) -> Mapping[str, Tensor]:
+        assert self.model is not None
+        return self.model.extra
+
+    def entries(self, site: Site, scheme: Scheme) -> Mapping[str, TensorInfo]:
+        """One tensor, by the checkpoint's name: its blocks, row by row."""
+        kind = _known(scheme)
+        return {site.tensor: TensorInfo(torch.uint8, (site.shape[0], site.shape[1] // kind.weights * kind.size_bytes))}
+
+    def encode(self, site: Site, weight: QuantizedWeight) -> dict[str, Tensor]:
+        if weight.shape != site.shape:
+            raise ContainerError(f"{site.name}: codes of shape {weight.shape} given, {site.shape} expected")
+        order = self._order(site)
+        return {site.tensor: _known(weight.scheme).pack(weight if order is None else weight.rows(order))}
+
+    def decode(self, site: Site, scheme: Scheme, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        weight = _known(scheme).unpack(tensors[site.tensor], site.shape[1])
+        order = self._order(site)
+        return weight if order is None else weight.rows(order.argsort())
+
+    def config(self, plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtime: str) -> dict[str, Any] | None:
+        return None
+
+    def usage(self, *, is_decoder: bool) -> str:
+        return _USAGE
+
+    def layout(self, entries: Mapping[str, TensorInfo], plan: Plan) -> WeightFiles:
+        """One file, or numbered parts of at most 48 GB."""
+        from pennyweight.models.gguf.layout import split_layout
+
+        assert self.model is not None
+        members: dict[str, list[str]] = {}
+        for name in entries:
+            members.setdefault(self._tensor(name), []).append(name)
+        tensors = [
+            (tensor, shape, _type_number(names[0], entries, plan), sum(entries[name].size_bytes for name in names))
+            for tensor, shape in self.model.shapes.items()
+            for names in [members[tensor]]
+        ]
+        fields = {**self.model.fields, **_said_of(plan, entries)}
+        parts = split_layout(STEM, fields, tensors, max_file_bytes=_FILE_BYTES)
+        return WeightFiles(
+            headers={part.file: part.header for part in parts},
+            sizes={part.file: part.size_bytes for part in parts},
+            places={
+                name: Place(part.file, part.positions[tensor] + self._index(name) * entries[name].size_bytes, entries[name])
+                for part in parts
+                for tensor in part.positions
+                for name in members[tensor]
+            },
+        )
+
+    def _place(self, name: str) -> Stored | None:
+        """Where the checkpoint's tensor `name` goes; None where it goes nowhere."""
+        assert self.model is not None
+        parts = self.model.places.get(name)
+        return None if parts is None else parts[0]
+
+    def _tensor(self, name: str) -> str:
+        place = self._place(name)
+        return name if place is None else place.tensor
+
+    def _index(self, name: str) -> int:
+        """Of an expert in its stack."""
+        place = self._place(name)
+        return 0 if place is None or place.expert is None else place.expert
+
+    def _order(self, site: Site) -> Tensor | None:
+        place = self._place(site.tensor)
+        assert place is not None
+        return place.row_order(site.shape[0])
+
+
+def _block_type(scheme: Scheme) -> BlockType | None:
+    from pennyweight.models.gguf.types import block_type_of
+
+    return block_type_of(scheme)
+
+
+def _known(scheme: Scheme) -> BlockType:
+    kind = _block_type(scheme)
+    if kind is None:
+        raise ContainerError(f"{scheme} given; GGUF has no type for it: use one of {', '.join(_names())}")
+    return kind
+
+
+def _names() -> list[str]:
+    from pennyweight.models.gguf.types import BLOCK_TYPES
+
+    return [kind.scheme.name for kind in BLOCK_TYPES.values()]
+
+
+def _stored(place: Stored, dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return place.apply(tensor).to(dtype)
+
+
+def _restored(place: Stored, dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return place.invert(tensor).to(dtype)
+
+
+def _type_number(name: str, entries: Mapping[str, TensorInfo], plan: Plan) -> int:
+    """ggml's number of the type of an entry: that of its site's scheme, or of its floats."""
+    from pennyweight.models.gguf.types import FLOAT_TYPES
+
+    dtype = entries[name].dtype
+    if dtype == torch.uint8:
+        return _known(plan.schemes[name.removesuffix(".weight")]).number
+    return next(kind.number for kind in FLOAT_TYPES.values() if kind.dtype == dtype)
+
+
+def _said_of(plan: Plan, entries: Mapping[str, TensorInfo]) -> dict[str, FieldValue]:
+    """The metadata that depends on the plan: what most of the weights are stored as."""
+    from gguf import GGML_QUANT_VERSION, GGUFValueType, Keys, LlamaFileType
+
+    from pennyweight.models.gguf.fields import FieldValue
+
+    bytes_of: Counter[str] = Counter()
+    for site, scheme in plan.schemes.items():
+        bytes_of[_known(scheme).name] += entries[f"{site}.weight"].size_bytes
+    [(most, _)] = bytes_of.most_common(1)
+    file_type = LlamaFileType[_FILE_TYPES.get(most, f"MOSTLY_{most}")]
+    return {
+        Keys.General.QUANTIZATION_VERSION: FieldValue.of(GGML_QUANT_VERSION, GGUFValueType.UINT32),
+        Keys.General.FILE_TYPE: FieldValue.of(int(file_type), GGUFValueType.UINT32),
+    }
+
+
+PROVIDES: tuple[Container, ...] = (Gguf(),)
