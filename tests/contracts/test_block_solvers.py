@@ -28,6 +28,7 @@ NAMES = [
     "uint4-g16-offset-f16",
     "uint4-g16-offset=uint6x2.f16-uint6x2.f16",
     "mxfp4",
+    "mxfp4_ggml",
     "nvfp4",
     *(f"{name}-g16-f16" for name in ELEMENTS),
 ]

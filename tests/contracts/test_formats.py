@@ -21,11 +21,11 @@ def all_codes(element: NumberFormat) -> Tensor:
 
 
 def emitted(element: NumberFormat) -> Tensor:
-    """The codes that an encoder may give: those of the finite values between the ends, without a zero below zero."""
+    """The codes that an encoder may give: those of the finite values between the ends, without a second zero."""
     codes = all_codes(element)
     values = element.decode(codes)
     return codes[
-        ~((values == 0) & values.signbit())
+        ~((values == 0) & (values.signbit() | ((values == 0).cumsum(0) > 1)))
         & values.isfinite()
         & (values >= element.smallest)
         & (values <= element.largest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gguf.quants import IQ4_NL
 from scipy import stats
 
 from pennyweight.core.errors import UsageError
@@ -27,6 +28,11 @@ def test_levels_of_two_bits() -> None:
     codes = torch.arange(4, dtype=torch.uint8)
     assert number_format("bal2").decode(codes).tolist() == [-1.5, -0.5, 0.5, 1.5]
     assert number_format("ternary").decode(codes).tolist() == [-1.0, 0.0, 1.0, 2.0]
+
+
+def test_the_table_of_ggml() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert number_format("iq4_nl").decode(codes).tolist() == list(IQ4_NL.kvalues)
 
 
 def test_no_encoder_emits_the_fourth_ternary_code() -> None:

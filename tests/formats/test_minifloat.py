@@ -66,6 +66,24 @@ def test_scales_of_powers_of_two_saturate_at_both_ends_and_round_by_value() -> N
     assert element.encode(x).tolist() == [0, 0, 0, 127, 127, 128, 128, 128, 254]
 
 
+def test_ggml_reads_mxfp4_as_doubled_values_and_halved_scales() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    scales, halved = number_format("e8m0").decode(codes), number_format("e8m0_halved").decode(codes)
+    assert torch.equal(halved[:255] * 2, scales[:255])
+    assert halved[255] == 2.0**127
+    values, doubled = number_format("fp4_e2m1").decode(codes[:16]), number_format("fp4_e2m1_doubled").decode(codes[:16])
+    assert torch.equal(doubled, 2 * values)
+    assert values[8].signbit()
+    assert not doubled[8].signbit()
+
+
+def test_the_smallest_scale_that_is_emitted_can_be_divided_by() -> None:
+    for name, code in [("e8m0", 0), ("e8m0_halved", 1)]:
+        element = number_format(name)
+        assert element.encode(torch.tensor([0.0, 2.0**-140])).tolist() == [code, code]
+        assert element.smallest == 2.0**-127
+
+
 def test_floats_that_do_not_fit_in_a_byte_are_refused() -> None:
     with pytest.raises(UsageError, match="give 2 to 8 bits"):
         Minifloat("half", 5, 10, 15)

@@ -25,6 +25,8 @@ from pennyweight.schemes import (
     ZeroSpec,
     parse_scheme,
 )
+from pennyweight.schemes.fit import Fit, fit_scales
+from pennyweight.schemes.scheme import WORDS
 from pennyweight.solvers.base import Statistics
 from pennyweight.solvers.nearest import Nearest
 
@@ -43,8 +45,12 @@ SPECS = st.one_of(
 FLOAT_ZEROS = st.builds(ZeroSpec, st.sampled_from(["model", "float16", "bfloat16", "float32"]))
 
 
+COMPUTED = st.sampled_from([None, "float16", "bfloat16", "float32"])
+
+
 def schemes(elements: list[NumberFormat], **choices: st.SearchStrategy[object]) -> st.SearchStrategy[Scheme]:
-    return st.builds(Scheme, element=st.sampled_from(elements), granularity=GRANULARITIES, scale=SPECS, **choices)
+    element = st.sampled_from(elements)
+    return st.builds(Scheme, element=element, granularity=GRANULARITIES, scale=SPECS, computed=COMPUTED, **choices)
 
 
 SCHEMES = st.one_of(
@@ -69,8 +75,9 @@ def test_a_name_reads_back_as_the_scheme_that_printed_it(scheme: Scheme) -> None
 @pytest.mark.parametrize(
     "name", ["int4-g128", "int4-g32-asym", "int8-channel", "int8-tensor-f32", "uint3-g64-asym-bf16", "int2-channel-f16",
      "nf4-g64", "mxfp4", "mxfp8", "nvfp4", "fp8_e4m3-channel", "ternary-g64", "bal2-g64", "int4-g64-offset",
-     "int4-g64-offset-f16", "int4-g32-fzero", "int4-g32-fzero=f32-f16", "uint4-g32-offset-uint6x8.f16",
-     "int6-g16-int8x16.f16", "uint2-g16-offset=uint4x16.f32-uint4x16.f16", "fp4_e2m1-g16-fp8_e4m3.bf16",
+     "int4-g64-offset-f16", "int4-g32-fzero", "int4-g32-fzero=f32-f16", "uint4-g32-offset-uint6x8.f32",
+     "int6-g16-int8x16.f32", *WORDS, "int4-g64-f16-f32", "int4-channel-model-f32", "nf4-g64-offset-f16-bf16",
+     "int6-g16-int8x16.f16-f16", "uint2-g16-offset=uint4x16.f32-uint4x16.f16", "fp4_e2m1-g16-fp8_e4m3.bf16",
      "int4-g32-fzero=model-bf16", "uint4-g32-offset-uint6x8.model"]
 )  # fmt: skip
 def test_names_print_as_they_were_read(name: str) -> None:
@@ -83,7 +90,8 @@ def test_names_print_as_they_were_read(name: str) -> None:
      "INT4-g128",     "int4-g128-sym", " int4-g128",
      "int4-g128-f64", "int4-g128-f16-asym", "int4-g128-asym-asym", "int4-g1e3", "int4-g128\n", "int4-g9999999999",
      "int4-g32-float9", "int4-g32-f16.f16", "int4-g32-uint6x8", "int4-g32-uint6x0.f16", "int4-g32-offset-asym",
-     "int4-g32-fzero=e8m0", "int4-g32-offset=x", "int4-g32-uint6.uint6"],
+     "int4-g32-fzero=e8m0", "int4-g32-offset=x", "int4-g32-uint6.uint6", "int4-g32-f16-e8m0",
+     "int4-g32-f16-model", "int4-g32-f16-f32-f32", "Q4_0", "q4_k_m"],
 )  # fmt: skip
 def test_a_name_that_means_nothing_is_answered_with_how_to_write_one(name: str) -> None:
     with pytest.raises(UsageError, match="is not the name of a scheme: write FORMAT-SHARED.*int4-g32-asym"):
@@ -136,6 +144,34 @@ def test_scales_of_the_models_type_are_fixed_once() -> None:
         scheme.storage_bits((2, 32))
     with pytest.raises(UsageError, match=r"not as torch\.float64"):
         scheme.with_scale_dtype(torch.float64)
+
+
+def test_the_type_in_which_a_reader_computes_is_said_only_where_it_is_not_the_usual_one() -> None:
+    assert parse_scheme("int4-g32-f16-f16").name == "int4-g32-f16"
+    assert parse_scheme("uint4-g32-offset-f16-f32") == parse_scheme("q4_1")
+    assert parse_scheme("int4-g32-model-f32").with_scale_dtype(torch.float32) == parse_scheme("int4-g32-f32")
+    assert parse_scheme("int4-g32-model-f32").with_scale_dtype(torch.float16) == parse_scheme("q4_0")
+    assert parse_scheme("int4-g32-f16").arithmetic == torch.float16
+    assert parse_scheme("int4-g32-f16-bf16").arithmetic == torch.bfloat16
+    with pytest.raises(UsageError, match=r"not computed in float64: use float16, bfloat16, float32"):
+        Scheme(Int(4), PerChannel(), computed="float64")
+
+
+def test_a_weight_is_computed_in_the_type_that_its_scheme_names() -> None:
+    weight = quantized(torch.randn(6, 96), "int8-g32-f16")
+    other = QuantizedWeight(weight.codes, weight.scales, None, parse_scheme("int8-g32-f16-f32"))
+    values = (weight.codes.double() - 128).reshape(6, 3, 32)
+    exact = (values * weight.scales.double()[..., None]).reshape(6, 96)
+    assert torch.equal(other.dequantize(), exact.float())
+    assert torch.equal(weight.dequantize(), exact.half().float())
+    assert not torch.equal(weight.dequantize(), other.dequantize())
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "iq4_nl", "q8_0", "int4-g32-fzero=f32-f16"])
+@pytest.mark.parametrize("fit", ["minmax", "search"])
+def test_scales_of_huge_weights_stay_within_their_type_whatever_a_reader_computes_in(name: str, fit: Fit) -> None:
+    found = fit_scales(torch.randn(4, 64) * 1e8, parse_scheme(name), fit=fit)
+    assert found.scales.isfinite().all()
 
 
 def in_bits(tensor: Tensor, spec: ScaleSpec) -> int:

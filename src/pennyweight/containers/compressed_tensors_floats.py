@@ -37,6 +37,9 @@ def layout_of(scheme: Scheme) -> str | None:
     """The name that compressed-tensors gives to the layout of `scheme`, or None where it has none."""
     if scheme in _BY_SCHEME:
         return _BY_SCHEME[scheme]
+    if scheme.computed is not None:
+        # The library computes in the usual type.
+        return None
     if isinstance(scheme.element, Int):
         return INTEGERS if scheme.element.signed and scheme.is_plain else None
     is_shared_widely = isinstance(scheme.granularity, PerTensor | PerChannel)

@@ -50,6 +50,11 @@ def _format(scheme: Scheme, site: Site) -> str | None:
     if layout_of(scheme) is not None:
         return None
     element = scheme.element
+    if scheme.computed is not None:
+        return (
+            f"{site.name}: {scheme} given, which is computed in {scheme.computed}; compressed-tensors computes in the "
+            "type of the scales: use a scheme that names no other, like int4-g128"
+        )
     if isinstance(element, Int) and scheme.is_plain:
         return (
             f"{site.name}: {scheme} given; compressed-tensors packs signed integers of 2 to 8 bits only: "

@@ -20,6 +20,10 @@ _NF4 = (
 )  # fmt: skip
 
 
+# The table of ggml's IQ4_NL and IQ4_XS (kvalues_iq4nl): integers, closer together towards the middle, without a 0.
+_IQ4_NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+
+
 @dataclass(frozen=True)
 class Codebook:
     """`values` [at most 2**bits], rising: code i means values[i]. The encoder never emits the codes of `unused`.
@@ -94,9 +98,10 @@ def _boundaries(values: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 
 NF4 = Codebook("nf4", 4, _NF4)
+IQ4_NL = Codebook("iq4_nl", 4, _IQ4_NL)
 # Code 3 decodes to 2, as value = code - 1 gives in GGUF's two-bit ternary type; no encoder emits it.
 TERNARY = Codebook("ternary", 2, (-1.0, 0.0, 1.0), unused=(2.0,))
 # Levels at equal distances without a zero: Liu et al., "ParetoQ" (2025).
 BALANCED = Codebook("bal2", 2, (-1.5, -0.5, 0.5, 1.5))
 
-PROVIDES: tuple[NumberFormat, ...] = (NF4, TERNARY, BALANCED)
+PROVIDES: tuple[NumberFormat, ...] = (NF4, IQ4_NL, TERNARY, BALANCED)

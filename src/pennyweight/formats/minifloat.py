@@ -23,8 +23,9 @@ class Minifloat:
     """(-1)**sign * 2**(max(e, 1) - bias) * (f / 2**mantissa + (e > 0)), from the highest bit: sign, exponent e, f.
 
     Ties go to the even mantissa; what is too large saturates to the largest finite number. Codes of infinity, NaN and
-    -0 decode to infinity, NaN and -0; the encoder never emits them. OCP "8-bit Floating Point Specification" and
-    "Microscaling Formats" (2023).
+    -0 decode to infinity, NaN and -0 (to 0 with `has_minus_zero` False); the encoder never emits them. Without a sign
+    it emits no number whose reciprocal is beyond float32 either: such formats are for scales, by which is divided. OCP
+    "8-bit Floating Point Specification" and "Microscaling Formats" (2023).
 
     >>> Minifloat("fp4_e2m1", exponent=2, mantissa=1, bias=1).nearest(torch.tensor([0.25, 2.5, -99.0]))
     tensor([ 0.,  2., -6.])
@@ -36,6 +37,7 @@ class Minifloat:
     bias: int
     specials: Specials = "finite"
     signed: bool = True
+    has_minus_zero: bool = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -47,7 +49,7 @@ class Minifloat:
 
     @property
     def smallest(self) -> float:
-        return -self.largest if self.signed else self._magnitudes[0]
+        return -self.largest if self.signed else self._magnitudes[self._first]
 
     @property
     def largest(self) -> float:
@@ -58,13 +60,22 @@ class Minifloat:
 
     def encode(self, x: Tensor) -> Tensor:
         if not self.signed:
-            return nearest_index(x, self._finite).to(torch.uint8)
+            return nearest_index(x, self._finite).clamp_(min=self._first).to(torch.uint8)
         index = nearest_index(x.abs(), self._finite).to(torch.uint8)
         return index.add_((x < 0) & (index > 0), alpha=1 << (self.bits - 1))
 
     def decode(self, codes: Tensor) -> Tensor:
-        negative = tuple(-value for value in self._magnitudes) if self.signed else ()
-        return lookup(codes, self._magnitudes + negative)
+        return lookup(codes, self._table)
+
+    @cached_property
+    def _table(self) -> tuple[float, ...]:
+        negative = tuple(-value or (-0.0 if self.has_minus_zero else 0.0) for value in self._magnitudes)
+        return self._magnitudes + negative if self.signed else self._magnitudes
+
+    @property
+    def _first(self) -> int:
+        """The first code without a sign that the encoder emits."""
+        return 0 if self.signed else next(i for i, value in enumerate(self._magnitudes) if value >= 2.0**-127)
 
     @cached_property
     def _magnitudes(self) -> tuple[float, ...]:
@@ -92,5 +103,8 @@ FP8_E4M3 = Minifloat("fp8_e4m3", exponent=4, mantissa=3, bias=7, specials="fn")
 FP8_E5M2 = Minifloat("fp8_e5m2", exponent=5, mantissa=2, bias=15, specials="ieee")
 # Powers of two from 2**-127, for scales; without a sign and without a zero. Code 255 is NaN.
 E8M0 = Minifloat("e8m0", exponent=8, mantissa=0, bias=127, specials="fn", signed=False)
+# How ggml reads MXFP4: twice the values, without -0, and half the scales, all 256 of them numbers.
+FP4_E2M1_DOUBLED = Minifloat("fp4_e2m1_doubled", exponent=2, mantissa=1, bias=0, has_minus_zero=False)
+E8M0_HALVED = Minifloat("e8m0_halved", exponent=8, mantissa=0, bias=128, signed=False)
 
-PROVIDES: tuple[NumberFormat, ...] = (FP4_E2M1, FP8_E4M3, FP8_E5M2, E8M0)
+PROVIDES: tuple[NumberFormat, ...] = (FP4_E2M1, FP8_E4M3, FP8_E5M2, E8M0, FP4_E2M1_DOUBLED, E8M0_HALVED)

@@ -67,8 +67,9 @@ class Stored:
 
 def stored_scales(scheme: Scheme, *, reach: float | None = None) -> Stored:
     """Scales, without parents yet: `reach` times them, by default the largest |value - zero|, stays finite."""
-    kind = scheme.scale.torch_dtype if scheme.is_plain else torch.float32
-    return Stored(scheme.scale, torch.finfo(kind).max / (1 + spread_of(scheme) if reach is None else reach))
+    limit = torch.finfo(scheme.arithmetic).max / (1 + spread_of(scheme) if reach is None else reach)
+    stored = limit if scheme.scale.element is not None else torch.finfo(scheme.scale.torch_dtype).max
+    return Stored(scheme.scale, min(limit, stored))
 
 
 def stored_shifts(scheme: Scheme) -> Stored | None:

@@ -15,7 +15,26 @@ from pennyweight.schemes.storage import FLOATS, Granularity, PerChannel, PerGrou
 # How names write the float types.
 SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "model": "model"}
 # Names that have become words of their own, and what they stand for.
-WORDS = {"mxfp4": "fp4_e2m1-g32-e8m0", "mxfp8": "fp8_e4m3-g32-e8m0", "nvfp4": "fp4_e2m1-g16-fp8_e4m3.f32"}
+WORDS = {
+    "mxfp4": "fp4_e2m1-g32-e8m0",
+    "mxfp8": "fp8_e4m3-g32-e8m0",
+    "nvfp4": "fp4_e2m1-g16-fp8_e4m3.f32",
+    # The block types of GGUF, which ggml decodes in float32.
+    "q8_0": "int8-g32-f16-f32",
+    "q4_0": "int4-g32-f16-f32",
+    "q4_1": "uint4-g32-offset-f16",
+    "q5_0": "int5-g32-f16-f32",
+    "q5_1": "uint5-g32-offset-f16",
+    "q2_k": "uint2-g16-offset-uint4x16.f16",
+    "q3_k": "int3-g16-int6x16.f16",
+    "q4_k": "uint4-g32-offset-uint6x8.f16",
+    "q5_k": "uint5-g32-offset-uint6x8.f16",
+    "q6_k": "int6-g16-int8x16.f16",
+    "iq4_nl": "iq4_nl-g32-f16-f32",
+    "iq4_xs": "iq4_nl-g32-int6x8.f16",
+    "mxfp4_ggml": "fp4_e2m1_doubled-g32-e8m0_halved",
+    "tq2_0": "ternary-g256-f16-f32",
+}
 
 _MODEL = ScaleSpec()
 
@@ -24,7 +43,9 @@ _MODEL = ScaleSpec()
 class Scheme:
     """weight = scale * (value(code) - zero) or scale * value(code) - offset; symmetric with neither.
 
-    Two schemes are equal when they store the same bits. `name` prints the short name that `parse_scheme` reads.
+    Two schemes are equal when they store the same bits and decode them alike. `computed` names the float type in which
+    a reader computes weights; None: the usual one, see `arithmetic`. `name` prints the short name that `parse_scheme`
+    reads.
     """
 
     element: NumberFormat
@@ -32,8 +53,14 @@ class Scheme:
     scale: ScaleSpec = _MODEL
     zero: ZeroSpec | None = None
     offset: ScaleSpec | None = None
+    computed: str | None = None
 
     def __post_init__(self) -> None:
+        if self.computed not in (None, *FLOATS):
+            raise UsageError(f"weights are not computed in {self.computed}: use {', '.join(FLOATS)}, or leave it out")
+        if self.computed == self._usual:
+            # The usual type goes without saying, so that equal schemes are equal.
+            object.__setattr__(self, "computed", None)
         if self.zero is not None and self.offset is not None:
             raise UsageError("a scheme has a zero point, an offset or neither, not both: drop one of them")
         if self.element.smallest > 0:
@@ -54,8 +81,14 @@ class Scheme:
 
     @property
     def arithmetic(self) -> torch.dtype:
-        """The type in which a reader computes weights: that of plain scales, else float32."""
+        """The type in which a reader computes weights: `computed`, or else that of plain scales, or else float32."""
+        if self.computed is not None:
+            return FLOATS[self.computed]
         return self.scale.torch_dtype if self.is_plain else torch.float32
+
+    @property
+    def _usual(self) -> str:
+        return self.scale.dtype if self.is_plain else "float32"
 
     @property
     def rows_share(self) -> bool:
@@ -137,8 +170,10 @@ def _name(scheme: Scheme) -> str:
         parts.append("fzero" if scheme.zero.dtype == scheme.scale.root else f"fzero={SHORT[scheme.zero.dtype]}")
     elif scheme.offset is not None:
         parts.append("offset" if scheme.offset == scheme.scale else f"offset={_spec_name(scheme.offset)}")
-    if scheme.scale != _MODEL:
+    if scheme.scale != _MODEL or scheme.computed is not None:
         parts.append(_spec_name(scheme.scale))
+    if scheme.computed is not None:
+        parts.append(SHORT[scheme.computed])
     text = "-".join(parts)
     return next((word for word, meaning in WORDS.items() if meaning == text), text)
 

@@ -260,7 +260,7 @@ def _ends(scheme: Scheme) -> list[tuple[float, float]]:
 def _factors(groups: Groups) -> tuple[float, ...]:
     """What the search multiplies the full range by; below zero for scales of the other sign."""
     scheme = groups.scheme
-    if scheme.scale.dtype == "e8m0":
+    if isinstance(scheme.scale.element, Minifloat) and scheme.scale.element.mantissa == 0:
         return (2.0, 1.0, 0.5, 0.25)
     is_floating = isinstance(scheme.element, Minifloat) and scheme.element.bits == 8
     first, last, count = _FLOATING if is_floating else _SYMMETRIC[scheme.element.bits]
