@@ -1,1 +1,1 @@
-"""GGUF, the file format of llama.cpp: its block types and what a file of it holds."""
+"""GGUF, llama.cpp's file: its types, its bytes, and what it says of a model."""
