@@ -1,0 +1,1 @@
+"""What a GGUF file says about a model, and how it stores the tensors of a checkpoint."""
