@@ -75,7 +75,9 @@ class Gguf(Container):
     def scheme_of_bits(self, bits: int) -> str:
         """Raises UsageError for a width that GGUF does not have."""
         if bits not in _OF_BITS:
-            raise UsageError(f"--bits {bits}: GGUF has types of {', '.join(map(str, _OF_BITS))} bits: give one of these")
+            raise UsageError(
+                f"--bits {bits}: GGUF has types of {', '.join(map(str, _OF_BITS))} bits: give one of these"
+            )
         return _OF_BITS[bits]
 
     @property
@@ -112,7 +114,13 @@ class Gguf(Container):
         if site.shape[1] % kind.weights:
             return f"{site.name}: blocks of {kind.weights} weights do not divide its {site.shape[1]} inputs"
         place = self._place(site.tensor)
-        if site.index is not None or site.rows is not None or site.transposed or place is None or place.rows is not None:
+        if (
+            site.index is not None
+            or site.rows is not None
+            or site.transposed
+            or place is None
+            or place.rows is not None
+        ):
             return f"{site.name}: it is not a tensor of its own in the checkpoint, row by row as GGUF stores it"
         return None
 
@@ -123,7 +131,9 @@ class Gguf(Container):
             chosen = {name: plan.schemes.get(name) for name in names}
             if len(set(chosen.values())) > 1:
                 one, other = dict(zip(chosen.values(), chosen, strict=True)).items()
-                return f"{one[1]} is {one[0]} and {other[1]} {other[0]}, but GGUF holds all experts of a layer as one type"
+                return (
+                    f"{one[1]} is {one[0]} and {other[1]} {other[0]}, but GGUF holds all experts of a layer as one type"
+                )
         return None
 
     def fused(self, sites: Sequence[Site], *, runtime: str) -> list[tuple[str, ...]]:
@@ -193,7 +203,9 @@ class Gguf(Container):
             headers={part.file: part.header for part in parts},
             sizes={part.file: part.size_bytes for part in parts},
             places={
-                name: Place(part.file, part.positions[tensor] + self._index(name) * entries[name].size_bytes, entries[name])
+                name: Place(
+                    part.file, part.positions[tensor] + self._index(name) * entries[name].size_bytes, entries[name]
+                )
                 for part in parts
                 for tensor in part.positions
                 for name in members[tensor]
