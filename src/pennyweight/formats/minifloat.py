@@ -23,9 +23,9 @@ class Minifloat:
     """(-1)**sign * 2**(max(e, 1) - bias) * (f / 2**mantissa + (e > 0)), from the highest bit: sign, exponent e, f.
 
     Ties go to the even mantissa; what is too large saturates to the largest finite number. Codes of infinity, NaN and
-    -0 decode to infinity, NaN and -0 (to 0 with `has_minus_zero` False); the encoder never emits them. Without a sign
-    it emits no number whose reciprocal is beyond float32 either: such formats are for scales, by which is divided. OCP
-    "8-bit Floating Point Specification" and "Microscaling Formats" (2023).
+    -0 decode to infinity, NaN and -0 (to 0 with `has_minus_zero` False); the encoder never emits them. Bare powers of
+    two are scales, by which is divided: those whose reciprocal is beyond float32 aren't emitted either. OCP "8-bit
+    Floating Point Specification" and "Microscaling Formats" (2023).
 
     >>> Minifloat("fp4_e2m1", exponent=2, mantissa=1, bias=1).nearest(torch.tensor([0.25, 2.5, -99.0]))
     tensor([ 0.,  2., -6.])
@@ -74,8 +74,12 @@ class Minifloat:
 
     @property
     def _first(self) -> int:
-        """The first code without a sign that the encoder emits."""
-        return 0 if self.signed else next(i for i, value in enumerate(self._magnitudes) if value >= 2.0**-127)
+        """The first code that the encoder emits where there is no sign."""
+        return (
+            0
+            if self.signed or self.mantissa
+            else next(i for i, value in enumerate(self._magnitudes) if value >= 2.0**-127)
+        )
 
     @cached_property
     def _magnitudes(self) -> tuple[float, ...]:

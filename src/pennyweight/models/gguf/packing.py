@@ -74,19 +74,15 @@ def codes(count: int, bits: int, at: int, *, run: int = 1, low: int = 0, flip: i
     Each `run` bytes hold 8 / bits times as many codes: their lowest bits the first `run` of these, and so on upwards.
     """
     per = 8 // bits
-    places = range(at, at + count // per, run)
-    fields = [
-        Field(slice(first, first + run), slice(place, place + run), bits, low, bits * index, flip)
-        for place in places
-        for index in range(per)
-        for first in [(place - at) * per + index * run]
-    ]
     if run == 1:
-        # Alike for every byte, so that all go in one step.
-        fields = [
-            Field(slice(index, count, per), slice(at, at + count // per), bits, low, bits * index, flip)
-            for index in range(per)
-        ]
+        # Alike for every byte, so that all bytes go in one step.
+        every = slice(at, at + count // per)
+        return Part(count, tuple(Field(slice(i, count, per), every, bits, low, bits * i, flip) for i in range(per)))
+    starts = [(run * i, at + run * (i // per), bits * (i % per)) for i in range(count // run)]
+    fields = (
+        Field(slice(first, first + run), slice(place, place + run), bits, low, high, flip)
+        for first, place, high in starts
+    )
     return Part(count, tuple(fields))
 
 
