@@ -1,7 +1,7 @@
 """GGUF, the file of llama.cpp: metadata, tokenizer and weights in one, or in numbered parts.
 
-A site becomes one tensor of blocks (models/gguf/types.py), an expert a part of the tensor that stacks all experts of its
-layer; names, the order of rows and metadata are those of models/gguf/conversion.py.
+A site becomes one tensor of blocks (models/gguf/types.py), an expert a part of the tensor that stacks all experts of
+its layer; names, the order of rows and metadata are those of models/gguf/conversion.py.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Gguf(Container):
         split = [name for name, parts in model.places.items() if len(parts) > 1]
         if split:
             raise ContainerError(
-                f"{split[0]}: the checkpoint holds the gate and up projections of all experts in one tensor, which GGUF "
-                "splits: save the model with one tensor an expert (transformers' save_pretrained does)"
+                f"{split[0]}: the checkpoint holds the gate and up projections of all experts in one tensor, which "
+                "GGUF splits: save the model with one tensor an expert (transformers' save_pretrained does)"
             )
         return Gguf(model)
 
