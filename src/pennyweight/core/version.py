@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pennyweight
 
-_PARTS = ("torch", "transformers", "compressed-tensors", "safetensors")
+_PARTS = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf")
 
 
 @cache

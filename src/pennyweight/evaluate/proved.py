@@ -88,7 +88,7 @@ def quantize(
 
 
 def _proved(directory: Path, *, runtime: str, extent: Extent, trust_remote_code: bool) -> dict[str, Any]:
-    if runtime == "transformers" or extent == "none":
+    if runtime != "vllm" or extent == "none":
         return verify(directory, extent=extent, trust_remote_code=trust_remote_code)
     # What another runtime takes transformers may refuse to load, or load wrongly.
     found = verify(directory, extent="blocks", trust_remote_code=trust_remote_code)

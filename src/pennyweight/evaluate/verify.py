@@ -20,13 +20,14 @@ _MAY_CHANGE = {"README.md"}
 
 
 def verify(artefact: Path, *, extent: Extent = "full", trust_remote_code: bool = False) -> dict[str, Any]:
-    """Open `artefact` with transformers in a fresh process and compare it with our own decoding; returns the findings.
+    """Open `artefact` in its runtime in a fresh process and compare it with our own decoding; returns the findings.
 
     First the files must be the ones that pennyweight.json lists, where there is one. "full" loads the whole model and
-    compares logits: no key may be missing or unexpected; the difference must be 0 in float32, and at most one unit in
-    the last place of the largest logit in a narrower type. "blocks", also taken where the decoded model does not fit in
-    memory, compares every weight with the runtime's own decoder; the result then says `verified: partial`. Raises
-    VerificationError with the runtime's own message, ModelError where there is no model.
+    compares logits: in transformers no key may be missing or unexpected, and the difference must be 0 in float32, and
+    at most one unit in the last place of the largest logit in a narrower type; for llama.cpp see verify_gguf. "blocks",
+    also taken where the decoded model does not fit in memory, compares every weight with the runtime's own decoder; the
+    result then says `verified: partial`. Raises VerificationError with the runtime's own message, ModelError where
+    there is no model.
     """
     if extent == "none":
         return {"verified": "none"}
@@ -57,7 +58,8 @@ def _changed_files(artefact: Path) -> list[str]:
 
 
 def _in_fresh_process(artefact: Path, extent: Extent, *, trust_remote_code: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pennyweight.evaluate.verify_worker", str(artefact.absolute()), extent]
+    worker = "verify_gguf" if any(artefact.glob("*.gguf")) else "verify_worker"
+    command = [sys.executable, "-m", f"pennyweight.evaluate.{worker}", str(artefact.absolute()), extent]
     command += ["--trust-remote-code"] if trust_remote_code else []
     # However this process found the package, the fresh one must find the same.
     package = str(Path(__file__).parents[2])

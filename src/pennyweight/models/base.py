@@ -49,6 +49,14 @@ class Checkpoint(Protocol):
         """The tensor `name` (rows `part` of its first axis), fresh, in its stored type; raises CheckpointError."""
 
 
+class StoredCheckpoint(Checkpoint, Protocol):
+    """A checkpoint as it lies on the disk."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors, packed or not, without the headers of the files."""
+
+
 SiteKind = Literal["linear", "conv1d", "expert", "head", "embedding"]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import CheckpointError, ModelError, ShapeError
-from pennyweight.models.base import Checkpoint, TensorInfo
+from pennyweight.models.base import StoredCheckpoint, TensorInfo
 from pennyweight.models.safetensors_header import Entry, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -36,6 +36,10 @@ class SafetensorsCheckpoint:
     places: Mapping[str, tuple[Path, Entry]]
     decoded_from: str | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.tensors.values())
 
     def read(self, name: str, part: slice | None = None) -> Tensor:
         """The tensor `name` (rows `part` of its first axis) in fresh memory, in its stored type.
@@ -64,8 +68,9 @@ def row_range(name: str, shape: Sequence[int], part: slice) -> tuple[int, int]:
     return first, max(first, last)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The weights in the directory `path`: `model.safetensors`, or shards under `model.safetensors.index.json`.
+def open_checkpoint(path: Path) -> StoredCheckpoint:
+    """The weights in the directory `path`: `model.safetensors`, shards under `model.safetensors.index.json`, or a GGUF
+    file.
 
     All headers are read and checked; no weight is. Raises ModelError where there are no weights that can be read,
     and CheckpointError where they are damaged or incomplete.
@@ -79,6 +84,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _checkpoint(path, {name: (path / SINGLE_FILE, entry) for name, entry in entries.items()})
     if (path / INDEX_FILE).exists():
         return _checkpoint(path, _sharded(path))
+    if (path / "config.json").exists() and any(path.glob("*.gguf")):
+        from pennyweight.models.gguf.checkpoint import open_gguf
+
+        return open_gguf(path)
     raise _no_weights(path)
 
 

@@ -19,7 +19,7 @@ def weight_count(model: StreamedModel) -> int:
 
 def tensor_bytes(model: StreamedModel) -> int:
     """Bytes of all tensors as they are stored, packed or not; the headers of the files are not counted."""
-    return sum(info.size_bytes for info in open_checkpoint(model.path).tensors.values())
+    return open_checkpoint(model.path).stored_bytes
 
 
 def _keys(model: StreamedModel, parameter: str) -> list[str]:

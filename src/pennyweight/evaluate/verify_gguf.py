@@ -1,0 +1,175 @@
+"""The fresh process of `verify` for GGUF files: prints one JSON object as the last line of standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFValueType, Keys, LlamaFileType
+from torch import Tensor
+
+from pennyweight.core.errors import ModelError
+from pennyweight.core.memory import available_memory_bytes, peak_memory_bytes
+from pennyweight.evaluate import llama_cpp
+from pennyweight.evaluate.compare import score_logits
+from pennyweight.models import text
+from pennyweight.models.gguf.checkpoint import GgufCheckpoint, decoded_rows, open_gguf
+from pennyweight.models.gguf.fields import FieldValue
+from pennyweight.models.gguf.file import GgufFile, GgufTensor
+from pennyweight.models.gguf.layout import header_bytes
+from pennyweight.models.gguf.types import FLOAT_TYPES
+from pennyweight.models.streamed import StreamedModel
+
+_WINDOWS, _TOKENS, _CONTINUED = 2, 48, 8
+# Of the decoded file run by llama.cpp to our own evaluation of it: what float32 sums in another order make.
+_ALLOWED_KL = 1e-5
+# Weights that are decoded at once.
+_CHUNK = 1 << 22
+# Characters whose token ids are compared.
+_TEXT = 4000
+
+
+def main(arguments: list[str]) -> None:
+    started = time.perf_counter()
+    warnings.simplefilter("ignore")
+    path, extent = Path(arguments[0]), arguments[1]
+    checkpoint = open_gguf(path)
+    reason = _why_not_whole(checkpoint, extent)
+    found = _whole(path, checkpoint) if reason is None else _by_weight(checkpoint, reason)
+    found |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak_memory_bytes()}
+    print(json.dumps(found))
+
+
+def _why_not_whole(checkpoint: GgufCheckpoint, extent: str) -> str | None:
+    if extent != "full":
+        return "asked for"
+    if not llama_cpp.is_installed():
+        return f"llama-cpp-python is not installed ({llama_cpp.INSTALL})"
+    weights = sum(info.size_bytes // info.dtype.itemsize for info in checkpoint.tensors.values())
+    # Decoded on the disk and mapped, and once more in our own evaluation.
+    return None if 2.5 * 4 * weights < available_memory_bytes() else "the decoded model does not fit in memory"
+
+
+def _whole(path: Path, checkpoint: GgufCheckpoint) -> dict[str, Any]:
+    """The decoded file in llama.cpp against our own evaluation, then the file itself against that."""
+    ours = StreamedModel(path)
+    tokens = min(_TOKENS, text.context_length(ours.config) or _TOKENS)
+    vocabulary = int(ours.config.get_text_config().vocab_size)
+    ids = torch.randint(0, vocabulary, (_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
+    logits = _logits(ours, ids)
+    file = checkpoint.file
+    with tempfile.TemporaryDirectory(prefix="pennyweight-verify-") as directory:
+        decoded = Path(directory) / "decoded.gguf"
+        write_decoded(file, decoded)
+        with llama_cpp.opened(decoded, context=tokens) as runtime:
+            theirs = runtime.logits(ids)
+    with llama_cpp.opened(file.files[0], context=tokens + _CONTINUED) as runtime:
+        packed = runtime.logits(ids)
+        problems = _wrong_tokens(path, runtime)
+        made = runtime.continued(ids[0, : tokens // 2].tolist(), _CONTINUED)
+    kl, share = _kl(logits, theirs), _kl(theirs, packed)
+    if not kl <= _ALLOWED_KL:
+        problems.append(
+            f"llama.cpp's logits of the decoded weights are {kl:.3g} nats of KL from ours (allowed {_ALLOWED_KL:g}): "
+            "it computes with other weights, or another function of them"
+        )
+    if not packed.isfinite().all() or len(made) != _CONTINUED:
+        problems.append("llama.cpp computes NaN or infinity, or does not continue a text")
+    return {
+        "verified": "full",
+        "runtime": f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}",
+        "kl_decoded": kl,
+        "allowed_kl_decoded": _ALLOWED_KL,
+        "kl_of_runtime": share,
+        "problems": problems,
+    }
+
+
+def _logits(model: StreamedModel, ids: Tensor) -> Tensor:
+    """Our own, float32 [windows, tokens, vocabulary]."""
+    stream = model.start([ids])
+    for index in range(len(model.blocks)):
+        with model.opened(index) as block:
+            model.advance(block, index, stream)
+    with torch.no_grad(), model.finishing(stream) as finish:
+        return finish(0).float()
+
+
+def _kl(reference: Tensor, other: Tensor) -> float:
+    """Mean over tokens of KL(reference || other) in nats."""
+    width = min(reference.shape[-1], other.shape[-1])
+    ids = torch.zeros(reference.shape[1] + 1, dtype=torch.int64)
+    pairs = zip(other[..., :width], reference[..., :width], strict=True)
+    scores = [score_logits(this, that, ids) for this, that in pairs]
+    return sum(score.kl for score in scores) / sum(score.tokens for score in scores)
+
+
+def _wrong_tokens(path: Path, runtime: llama_cpp.Llama) -> list[str]:
+    """Whether llama.cpp cuts text into other tokens than the model's own tokenizer."""
+    try:
+        tokenizer = text.load_tokenizer(path)
+    except ModelError:
+        return []
+    sample = " ".join(text.documents(text.BUILT_IN, tokenizer))[:_TEXT]
+    if tokenizer(sample, add_special_tokens=False)["input_ids"] == runtime.tokens(sample):
+        return []
+    return ["llama.cpp cuts text into other tokens than the model's tokenizer"]
+
+
+def write_decoded(file: GgufFile, out: Path) -> None:
+    """The same model with every tensor as float32, in one file."""
+    kind = FLOAT_TYPES["F32"].number
+    said = {Keys.General.FILE_TYPE: FieldValue.of(int(LlamaFileType.ALL_F32), GGUFValueType.UINT32)}
+    counts = {name: _count(tensor) for name, tensor in file.tensors.items()}
+    entries = [(name, tensor.shape, kind, 4 * counts[name]) for name, tensor in file.tensors.items()]
+    header, positions = header_bytes({**file.fields, **said}, entries)
+    with out.open("xb") as stream:
+        stream.write(header)
+        for name, tensor in file.tensors.items():
+            stream.seek(positions[name])
+            for rows in _row_parts(tensor):
+                stream.write(decoded_rows(tensor, rows).float().contiguous().numpy().tobytes())
+        stream.truncate(max(stream.tell() + -stream.tell() % 32, len(header)))
+
+
+def _count(tensor: GgufTensor) -> int:
+    count = 1
+    for length in tensor.shape:
+        count *= length
+    return count
+
+
+def _row_parts(tensor: GgufTensor) -> list[slice]:
+    """Rows, all axes but the last counted as one, that are decoded at once."""
+    rows, width = _count(tensor) // tensor.shape[-1], tensor.shape[-1]
+    each = max(1, _CHUNK // width)
+    return [slice(first, min(first + each, rows)) for first in range(0, rows, each)]
+
+
+def _by_weight(checkpoint: GgufCheckpoint, reason: str) -> dict[str, Any]:
+    """Every tensor through the decoder of the gguf package, llama.cpp's own in Python."""
+    import gguf
+
+    problems: list[str] = []
+    for name, tensor in checkpoint.file.tensors.items():
+        kind = gguf.GGMLQuantizationType(tensor.type_number)
+        each = tensor.size_bytes // max(1, _count(tensor) // tensor.shape[-1])
+        for rows in _row_parts(tensor):
+            raw = tensor.read(rows.start * each, rows.stop * each).reshape(-1, each)
+            theirs = torch.tensor(gguf.quants.dequantize(raw.numpy(), kind)).reshape(-1, tensor.shape[-1])
+            if not torch.equal(decoded_rows(tensor, rows).float(), theirs.float()):
+                problems.append(f"{name}: the gguf package decodes other weights than we do")
+                break
+    compared = len(checkpoint.file.tensors)
+    return {"verified": "partial", "reason": reason, "weights_compared": compared, "problems": problems[:5]}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

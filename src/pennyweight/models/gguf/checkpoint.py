@@ -1,0 +1,149 @@
+"""The weights of a GGUF file under the names that transformers has for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.core.errors import CheckpointError, ModelError
+from pennyweight.models.base import TensorInfo
+from pennyweight.models.checkpoint import row_range
+from pennyweight.models.config_json import read_config_json
+from pennyweight.models.gguf.families import expert_count, family_of, hyperparameters
+from pennyweight.models.gguf.file import GgufFile, GgufTensor, read_gguf
+from pennyweight.models.gguf.places import placed
+from pennyweight.models.gguf.stored import Stored
+from pennyweight.models.gguf.types import BLOCK_TYPES, FLOAT_TYPES, BlockType, FloatType
+from pennyweight.models.skeleton import build, read_config
+
+_TYPES: dict[int, BlockType | FloatType] = {
+    kind.number: kind for kinds in (BLOCK_TYPES, FLOAT_TYPES) for kind in kinds.values()
+}
+# How checkpoints call the matrices of an expert; transformers has them in two parameters.
+_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint:
+    """The tensors of a GGUF file; see `Checkpoint` for the meaning of each member. Blocks are decoded to float32."""
+
+    path: Path
+    file: GgufFile
+    tensors: Mapping[str, TensorInfo]
+    weight_files: list[Path]
+    places: Mapping[str, tuple[Stored, GgufTensor]]
+    decoded_from: str | None
+    config_changes: Mapping[str, Any]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they lie in the file."""
+        return sum(tensor.size_bytes for tensor in {id(t): t for _, t in self.places.values()}.values())
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """The tensor `name` (rows `part` of its first axis) in fresh memory; raises CheckpointError."""
+        if name not in self.places:
+            raise CheckpointError(f"{self.path}: there is no tensor {name!r}")
+        place, tensor = self.places[name]
+        shape = self.tensors[name].shape
+        first, last = (0, shape[0]) if part is None else row_range(name, shape, part)
+        # Rows of a vector are its numbers.
+        rows = slice(first, last) if place.heads is None else slice(0, shape[0])
+        if len(shape) == 1:
+            stored = decoded_rows(tensor, slice(0, 1))[0, rows]
+        else:
+            before = (place.expert or 0) * shape[0]
+            stored = decoded_rows(tensor, slice(before + rows.start, before + rows.stop))
+        found = place.invert(stored).to(self.tensors[name].dtype)
+        return found if place.heads is None else found[first:last]
+
+
+def decoded_rows(tensor: GgufTensor, rows: slice) -> Tensor:
+    """`rows` of a tensor, all axes but the last counted as one, as they lie in the file; blocks as float32."""
+    kind, width = _TYPES[tensor.type_number], tensor.shape[-1]
+    each = tensor.size_bytes // max(1, math.prod(tensor.shape[:-1]))
+    raw = tensor.read(rows.start * each, rows.stop * each)
+    if isinstance(kind, FloatType):
+        return raw.view(kind.dtype).reshape(-1, width)
+    return kind.unpack(raw.reshape(-1, each), width).dequantize()
+
+
+def open_gguf(path: Path) -> GgufCheckpoint:
+    """The GGUF file in the directory `path`, beside a config.json that says what transformers makes of it.
+
+    Raises ModelError where there is no such file or several, and CheckpointError where it is damaged or does not hold
+    what the config asks for.
+    """
+    file = read_gguf(_first_file(path))
+    config = read_config_json(path)
+    family, hyper = family_of(config), hyperparameters(config)
+    named = _names(build(read_config(path)), expert_count(hyper), is_mixtral=config.get("model_type") == "mixtral")
+    tokens = file.fields["tokenizer.ggml.tokens"].count if "tokenizer.ggml.tokens" in file.fields else None
+    places = placed(family, hyper, named, tokens=tokens or 0).places
+    found = {name: (place, _found(file, name, place)) for name, (place,) in places.items()}
+    quantized = sorted({_TYPES[tensor.type_number].name for _, tensor in found.values()} & set(BLOCK_TYPES))
+    return GgufCheckpoint(
+        path=path,
+        file=file,
+        tensors={name: TensorInfo(_dtype(tensor), named[name].shape) for name, (_, tensor) in found.items()},
+        weight_files=list(file.files),
+        places=found,
+        decoded_from=f"GGUF: {', '.join(quantized)}" if quantized else None,
+        config_changes={},
+    )
+
+
+def _dtype(tensor: GgufTensor) -> torch.dtype:
+    kind = _TYPES[tensor.type_number]
+    return kind.dtype if isinstance(kind, FloatType) else torch.float32
+
+
+def _first_file(path: Path) -> Path:
+    files = sorted(path.glob("*.gguf"))
+    first = [file for file in files if "-of-" not in file.stem or file.stem.split("-of-")[0].endswith("-00001")]
+    if len(first) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise ModelError(f"{path}: one GGUF file is expected in it, {names} found: leave one, with all its parts")
+    return first[0]
+
+
+def _names(module: nn.Module, experts: int, *, is_mixtral: bool) -> dict[str, TensorInfo]:
+    """Every tensor that a checkpoint of the model has, each expert's by itself."""
+    found: dict[str, TensorInfo] = {}
+    for name, tensor in module.state_dict().items():
+        head, _, last = name.rpartition(".experts.")
+        if not head or last not in _EXPERTS or tensor.ndim != 3:
+            found[name] = TensorInfo(torch.float32, tuple(tensor.shape))
+            continue
+        parts = _EXPERTS[last]
+        rows, columns = tensor.shape[1] // len(parts), tensor.shape[2]
+        if is_mixtral:
+            head, parts = head.removesuffix("mlp") + "block_sparse_moe", tuple(_MIXTRAL[part] for part in parts)
+        for expert in range(experts):
+            for part in parts:
+                found[f"{head}.experts.{expert}.{part}.weight"] = TensorInfo(torch.float32, (rows, columns))
+    return found
+
+
+def _found(file: GgufFile, name: str, place: Stored) -> GgufTensor:
+    tensor = file.tensors.get(place.tensor)
+    if tensor is None:
+        raise CheckpointError(f"{file.files[0]}: has no tensor {place.tensor!r} for {name}: it is of another model")
+    if tensor.type_number not in _TYPES:
+        raise CheckpointError(
+            f"{file.files[0]}: {place.tensor} is of a type that is not read: give one of {', '.join(BLOCK_TYPES)}"
+        )
+    own = tensor.shape if place.expert is None else tensor.shape[1:]
+    if math.prod(own) != math.prod(place.shape):
+        raise CheckpointError(
+            f"{file.files[0]}: {place.tensor} has shape {own}, config.json asks for {place.shape}: they do not belong "
+            "together"
+        )
+    return tensor
