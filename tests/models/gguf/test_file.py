@@ -216,6 +216,16 @@ def test_metadata_without_end_is_not_read(tmp_path: Path) -> None:
         read_gguf(file)
 
 
+def test_strings_that_cannot_be_there_are_not_looked_for(tmp_path: Path) -> None:
+    file = stored(tmp_path / "f", gguf([field(b"k", ARRAY, array(STRING, 2**61, b""))]))
+    with file.open("r+b") as stream:
+        stream.truncate(100_000_000)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="'k' would end at byte 18446744"):
+        read_gguf(file)
+    assert time.process_time() - start < 0.5
+
+
 def test_a_file_that_cannot_be_opened_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_gguf(tmp_path)
@@ -273,7 +283,7 @@ def test_any_byte_changed_gives_a_reading_or_an_error(value: int, tmp_path: Path
 def test_many_bytes_changed_give_a_reading_or_an_error(tmp_path: Path) -> None:
     chance = random.Random(0)
     outcomes = set()
-    for _ in range(2000):
+    for _ in range(800):
         changed = bytearray(SOUND)
         for _ in range(chance.randint(1, 6)):
             begin = chance.randrange(len(SOUND) - 128)
