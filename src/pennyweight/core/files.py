@@ -7,9 +7,10 @@ import errno
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pennyweight.core.errors import SpaceError
 
@@ -27,9 +28,17 @@ def _plain(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write `path` whole or not at all."""
+    with replacing(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the block ends, and is gone if it raises."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("wb") as stream:
+            yield stream
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

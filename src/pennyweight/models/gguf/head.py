@@ -32,7 +32,7 @@ class Head:
         begin = self.position
         self._reach(begin + count, what)
         self.position = begin + count
-        return bytes(self._held[begin : self.position])
+        return self._copied(begin, self.position)
 
     def numbers(self, form: str, what: str) -> tuple[int, ...]:
         """Little-endian integers, `form` as in struct."""
@@ -53,11 +53,16 @@ class Head:
             end += 8 + _LENGTH.unpack_from(self._held, end)[0]
         self._reach(end, what)
         self.position = end
-        return bytes(self._held[begin:end])
+        return self._copied(begin, end)
 
     def expect(self, count: int, what: str) -> None:
         """Raises CheckpointError unless `count` more bytes are in the file."""
         self._check(self.position + count, what)
+
+    def _copied(self, begin: int, end: int) -> bytes:
+        # A slice of the array itself would be a second copy.
+        with memoryview(self._held) as held:
+            return bytes(held[begin:end])
 
     def _check(self, end: int, what: str) -> None:
         if end > self.size:
