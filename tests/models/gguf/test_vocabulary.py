@@ -19,7 +19,10 @@ from pennyweight.models.gguf.vocabulary import Vocabulary, read_vocabulary
 from tests.models.gguf.tiny import DEMO, PIECES
 
 # As in the tokenizer.json of Llama 3 and of Qwen 2.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace("{1,3}", "")
 # As in Mistral Nemo's.
 TEKKEN = (

@@ -98,7 +98,7 @@ def values(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def write_model(path: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Path:
-    """A directory with config.json, weights, card and tokenizer: of pieces where the config names a vocabulary of 608."""
+    """A directory with config.json, weights, card and tokenizer: of pieces for a vocabulary of 608 tokens."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     (path / "README.md").write_text(CARD)
