@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ from pennyweight.core.errors import ContainerError, ShapeError
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.gguf.conversion import Conversion, conversion
-from pennyweight.models.gguf.fields import Field
+from pennyweight.models.gguf.fields import FieldValue
 from pennyweight.models.gguf.stored import Stored
 from tests.models.gguf.tiny import DEMO, GOLDEN, MODELS, ROOT, digest, directory_name, plain, values, write_model
 
@@ -53,15 +52,10 @@ def stored_tensors(path: Path, plan: Conversion) -> dict[str, Tensor]:
     return found
 
 
-def said(field: Field) -> list[Any]:
-    """A field as a golden file has it: floats are stored in 32 bits."""
-    kinds = [field.type.name] + ([field.element.name] if field.element else [])
-    value = list(field.value) if isinstance(field.value, tuple) else field.value
-    if field.type is gguf.GGUFValueType.FLOAT32:
-        value = float(np.float32(value))
-    if field.element is gguf.GGUFValueType.FLOAT32:
-        value = np.array(value, dtype=np.float32).tolist()
-    return [kinds, plain(value)]
+def said(field: FieldValue) -> list[Any]:
+    """A field as a golden file has it."""
+    kinds = [field.kind.name] if field.count is None else ["ARRAY", field.kind.name]
+    return [kinds, plain(field.value)]
 
 
 @pytest.mark.parametrize("name", MODELS)
