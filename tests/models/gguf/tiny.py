@@ -79,7 +79,14 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3": ("qwen3", {**_BYTE_LEVEL, "head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-moe": (
         "qwen3_moe",
-        {**_BYTE_LEVEL, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        {
+            **_BYTE_LEVEL,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
     ),
     "gemma-2": ("gemma2", {**_PIECES, "head_dim": 16}),
     "gemma-3": ("gemma3_text", {**_PIECES, "head_dim": 16, "num_hidden_layers": 7}),
