@@ -144,7 +144,7 @@ def test_a_model_from_the_hubs_cache_has_its_repositorys_name(tmp_path: Path) ->
         ("llama", {"vocab_size": 4000}, "a token 4095, but config.json a vocab_size of 4000"),
         ("qwen3", {"rope_parameters": {"rope_type": "llama3", **MODELS["llama-3.1"][1]["rope_parameters"]}}, "llama3"),
         ("gemma-2", {"layer_types": ["full_attention"] * 2}, "layer 0 has full_attention, but llama.cpp computes sli"),
-        ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob is false, but llama.cpp always"),
+        ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob is false, but llama.cpp makes"),
         ("mixtral", {"num_local_experts": 5}, "blk.0.ffn_gate_exps.weight: the checkpoint has 4 experts"),
         ("llama-2", {"num_hidden_layers": 1}, "model.layers.1.*: llama.cpp's llama has no such tensor"),
     ],

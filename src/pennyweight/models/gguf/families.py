@@ -82,7 +82,7 @@ def check(family: Family, hyper: Hyper) -> None:
         )
     if hyper.get("norm_topk_prob") is False:
         raise ContainerError(
-            "config.json: norm_topk_prob is false, but llama.cpp always makes the weights of the chosen experts sum to 1. "
+            "config.json: norm_topk_prob is false, but llama.cpp makes the weights of the chosen experts sum to 1. "
             "Choose another container."
         )
     layers = hyper.get("layer_types") if family.full_every > 1 else None
