@@ -2,10 +2,11 @@
 #include "encode_groups.h"
 #include "round_block.h"
 #include "search_groups.h"
+#include "search_nested.h"
 
 namespace pennyweight {
 
-const Kernels kAvx2Kernels = {"avx2",        range_groups, encode_groups, pack_nibbles,
-                              search_groups, round_block,  nullptr,       nullptr};
+const Kernels kAvx2Kernels = {"avx2",        range_groups, encode_groups, pack_nibbles, search_groups,
+                              search_nested, round_block,  nullptr,       nullptr};
 
 }  // namespace pennyweight

@@ -3,11 +3,14 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -39,9 +42,17 @@ void expect(const Array& array, std::size_t rows, std::size_t columns, const cha
   }
 }
 
+// [2, count]: rising values, and the thresholds between them with one number more.
+pennyweight::Table table_of(const std::optional<ConstMatrix>& given) {
+  if (!given) return {nullptr, nullptr, 0};
+  if (given->shape(1) == 0) throw std::invalid_argument("a table of no values was given");
+  expect(*given, 2, given->shape(1), "table");
+  return {given->data(), given->data() + given->shape(1), given->shape(1)};
+}
+
 void round_block(Matrix targets, ConstMatrix weights, Matrix values, Matrix errors, Strided lower, ConstMatrix scales,
-                 std::optional<ConstMatrix> zeros, Indices groups, float smallest, float largest, int stored,
-                 const std::string& kernels) {
+                 std::optional<ConstMatrix> zeros, std::optional<ConstMatrix> offsets, Indices groups, float smallest,
+                 float largest, std::optional<ConstMatrix> element, int stored, const std::string& kernels) {
   const std::size_t columns = targets.shape(0);
   const std::size_t rows = targets.shape(1);
   expect(weights, columns, rows, "weights");
@@ -50,6 +61,8 @@ void round_block(Matrix targets, ConstMatrix weights, Matrix values, Matrix erro
   expect(lower, columns, columns, "lower");
   expect(scales, scales.shape(0), rows, "scales");
   if (zeros) expect(*zeros, scales.shape(0), rows, "zeros");
+  if (offsets) expect(*offsets, scales.shape(0), rows, "offsets");
+  if (zeros && offsets) throw std::invalid_argument("zeros and offsets: at most one of both is expected");
   if (columns > 0 && (lower.stride(1) != 1 || lower.stride(0) < 0)) {
     throw std::invalid_argument("lower: the columns of a row must lie side by side");
   }
@@ -61,27 +74,28 @@ void round_block(Matrix targets, ConstMatrix weights, Matrix values, Matrix erro
   }
   if (stored < 0 || stored > 2) throw std::invalid_argument("stored: 0, 1 or 2 is expected");
   const pennyweight::Kernels& chosen = table(kernels);
-  const pennyweight::RoundBlock block{targets.data(), weights.data(),
-                                      values.data(),  errors.data(),
-                                      lower.data(),   static_cast<std::size_t>(columns > 0 ? lower.stride(0) : 0),
-                                      scales.data(),  zeros ? zeros->data() : nullptr,
-                                      groups.data(),  columns,
-                                      rows,           smallest,
-                                      largest,        static_cast<pennyweight::Stored>(stored)};
+  const pennyweight::RoundBlock block{targets.data(),
+                                      weights.data(),
+                                      values.data(),
+                                      errors.data(),
+                                      lower.data(),
+                                      static_cast<std::size_t>(columns > 0 ? lower.stride(0) : 0),
+                                      scales.data(),
+                                      zeros ? zeros->data() : nullptr,
+                                      offsets ? offsets->data() : nullptr,
+                                      groups.data(),
+                                      columns,
+                                      rows,
+                                      smallest,
+                                      largest,
+                                      table_of(element),
+                                      static_cast<pennyweight::Stored>(stored)};
   nb::gil_scoped_release release;
   chosen.round_block(block);
 }
 
 using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-// [2, count]: rising values, and the thresholds between them with one number more.
-pennyweight::Table table_of(const std::optional<ConstMatrix>& given) {
-  if (!given) return {nullptr, nullptr, 0};
-  if (given->shape(1) == 0) throw std::invalid_argument("a table of no values was given");
-  expect(*given, 2, given->shape(1), "table");
-  return {given->data(), given->data() + given->shape(1), given->shape(1)};
-}
 
 void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector scales, std::optional<Vector> zeros,
                    ConstMatrix factors, float smallest, float largest, float limit, float tiny, int stored,
@@ -119,6 +133,70 @@ void search_groups(ConstMatrix w, std::optional<ConstMatrix> importance, Vector 
                                          static_cast<pennyweight::Stored>(stored)};
   nb::gil_scoped_release release;
   chosen.search_groups(search);
+}
+
+// A field as Python gives it: values, parents, stored, smallest, largest, limit, parent_limit, tiny, parent_tiny.
+using FieldArguments = std::tuple<Vector, std::optional<Vector>, int, float, float, float, float, float, float>;
+
+pennyweight::Field field_of(const FieldArguments& given, std::size_t groups, std::size_t span) {
+  const auto& [values, parents, stored, smallest, largest, limit, parent_limit, tiny, parent_tiny] = given;
+  if (values.shape(0) != groups) throw std::invalid_argument("values: one for each group is expected");
+  if (parents && parents->shape(0) * span != groups) {
+    throw std::invalid_argument("parents: one for each span of groups is expected");
+  }
+  if (stored < 0 || stored > 2) throw std::invalid_argument("stored: 0, 1 or 2 is expected");
+  return {values.data(),
+          parents ? parents->data() : nullptr,
+          static_cast<pennyweight::Stored>(stored),
+          smallest,
+          largest,
+          limit,
+          parent_limit,
+          tiny,
+          parent_tiny};
+}
+
+bool search_nested(ConstMatrix w, std::optional<ConstMatrix> importance, const FieldArguments& scale,
+                   const std::optional<FieldArguments>& offset, ConstMatrix factors, ConstVector shares,
+                   std::size_t tried, float reach, bool is_thorough, std::size_t span, float smallest, float largest,
+                   std::optional<ConstMatrix> element, const std::string& kernels) {
+  constexpr std::size_t kAlignment = 64;
+  const std::size_t groups = w.shape(0);
+  const std::size_t size = w.shape(1);
+  if (importance && (importance->shape(0) == 0 || importance->shape(1) != size)) {
+    throw std::invalid_argument("importance: the groups of w have another size");
+  }
+  if (span == 0 || pennyweight::kGroupsAtOnce % span != 0 || groups % span != 0) {
+    throw std::invalid_argument("span: 1, 2, 4, 8 or 16, and a divisor of the groups is expected");
+  }
+  expect(factors, factors.shape(0), offset ? 2 : 1, "factors");
+  if (tried < 1 || tried > 4) throw std::invalid_argument("tried: 1 to 4 is expected");
+  const pennyweight::Kernels& chosen = table(kernels);
+  std::vector<float> scratch(2 * size * pennyweight::kGroupsAtOnce + kAlignment / sizeof(float));
+  void* aligned = scratch.data();
+  std::size_t space = scratch.size() * sizeof(float);
+  std::align(kAlignment, space - kAlignment, aligned, space);
+  const pennyweight::SearchNested search{w.data(),
+                                         importance ? importance->data() : nullptr,
+                                         factors.data(),
+                                         factors.shape(0),
+                                         shares.data(),
+                                         shares.shape(0),
+                                         tried,
+                                         reach,
+                                         is_thorough,
+                                         groups,
+                                         size,
+                                         importance ? importance->shape(0) : 0,
+                                         span,
+                                         smallest,
+                                         largest,
+                                         table_of(element),
+                                         field_of(scale, groups, span),
+                                         offset ? field_of(*offset, groups, span) : pennyweight::Field{},
+                                         static_cast<float*>(aligned)};
+  nb::gil_scoped_release release;
+  return chosen.search_nested(search);
 }
 
 // float32, or bfloat16 given as uint16.
@@ -269,6 +347,14 @@ NB_MODULE(_native, module) {
              nb::arg("parents").none(), nb::arg("kernels"),
              "Search of scales for groups [groups, size]; see kernels.h. `scales` and `zeros` are written.");
 
+  module.def("search_nested", &search_nested, nb::arg("w"), nb::arg("importance").none(), nb::arg("scale"),
+             nb::arg("offset").none(), nb::arg("factors"), nb::arg("shares"), nb::arg("tried"), nb::arg("reach"),
+             nb::arg("is_thorough"), nb::arg("span"), nb::arg("smallest"), nb::arg("largest"),
+             nb::arg("element").none(), nb::arg("kernels"),
+             "Search of scales, offsets and their parents for groups [groups, size]; see kernels.h. A field is "
+             "(values, parents or None, stored, smallest, largest, limit, parent_limit, tiny, parent_tiny); its values "
+             "and parents are written.");
+
   module.def("pair_rows", &pair_rows, nb::arg("x"), nb::arg("panel"), nb::arg("panels"), nb::arg("kernels"),
              "One of the panels [columns / 64, pairs, 64] of x [rows, columns], bfloat16 as uint16; it is written.");
 
@@ -277,8 +363,8 @@ NB_MODULE(_native, module) {
              "The product of panels, added to `total` [columns, columns] on and above the diagonal; see kernels.h.");
 
   module.def("round_block", &round_block, nb::arg("targets"), nb::arg("weights"), nb::arg("values"), nb::arg("errors"),
-             nb::arg("lower"), nb::arg("scales"), nb::arg("zeros").none(), nb::arg("groups"), nb::arg("smallest"),
-             nb::arg("largest"), nb::arg("stored"), nb::arg("kernels"),
+             nb::arg("lower"), nb::arg("scales"), nb::arg("zeros").none(), nb::arg("offsets").none(), nb::arg("groups"),
+             nb::arg("smallest"), nb::arg("largest"), nb::arg("element").none(), nb::arg("stored"), nb::arg("kernels"),
              "GPTQ within one block of columns [columns, rows]; see kernels.h. `targets`, `values` and `errors` are "
              "written.");
 }

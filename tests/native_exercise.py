@@ -25,6 +25,8 @@ def main(directory: Path) -> None:
             for stored in range(3):
                 _round_block(native, table, columns, rows, stored)
                 _search_groups(native, table, columns, rows, stored)
+                for span in (1, 2, 16):
+                    _search_nested(native, table, columns * span, rows, span, stored)
         if table == "avx512bf16":
             for rows in (1, 2, 301):
                 _add_products(native, table, rows)
@@ -43,8 +45,24 @@ def _round_block(native: Any, table: str, columns: int, rows: int, stored: int) 
     scales, zeros = _matrix(2, rows, step=0.0), _matrix(2, rows)
     groups = memoryview(array("q", (index % 2 for index in range(columns))))
     lower = _matrix(columns, columns)
-    for choice in (None, zeros):
-        native.round_block(targets, weights, values, errors, lower, scales, choice, groups, -8.0, 7.0, stored, table)
+    for fields in ((None, None), (zeros, None), (None, zeros)):
+        for element in (None, _matrix(2, 16, step=0.05)):
+            given = (
+                targets,
+                weights,
+                values,
+                errors,
+                lower,
+                scales,
+                *fields,
+                groups,
+                -8.0,
+                7.0,
+                element,
+                stored,
+                table,
+            )
+            native.round_block(*given)
 
 
 def _search_groups(native: Any, table: str, groups: int, size: int, stored: int) -> None:
@@ -65,6 +83,18 @@ def _search_groups(native: Any, table: str, groups: int, size: int, stored: int)
         native.range_groups(weights, _matrix(groups), _matrix(groups), table)
         native.encode_groups(weights, scales, None, codes, -8.0, 7.0, table)
     native.pack_nibbles(memoryview(bytearray(2 * size)), memoryview(bytearray(size)), table)
+
+
+def _search_nested(native: Any, table: str, groups: int, size: int, span: int, stored: int) -> None:
+    w = _matrix(groups, size)
+    floats = (_matrix(groups), None, stored, -1.0, 1.0, 1e30, 0.0, 1e-30, 0.0)
+    codes = (_matrix(groups), _matrix(groups // span), stored, 0.0, 63.0, 1e30, 1e30, 1.0, 1e-30)
+    for importance in (None, _matrix(1, size, step=0.01)):
+        for element in (None, _matrix(2, 16, step=0.05)):
+            for scale, offset in ((floats, floats), (codes, None), (codes, codes), (codes, floats), (floats, codes)):
+                factors = _matrix(3, 1 if offset is None else 2, step=0.1)
+                more = (_matrix(5, step=0.1), 4, 2.0, True, span, 0.0, 15.0, element, table)
+                native.search_nested(w, importance, scale, offset, factors, *more)
 
 
 def _add_products(native: Any, table: str, rows: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,11 +23,25 @@ TABLES = [] if library is None else list(library.kernel_tables())
 # target by one unit in its last place; the values stay the same except on exact ties.
 SAME_VALUES = 0.999
 
+INT4 = Int(4)
+NESTED = [
+    "uint4-g32-offset-uint6x4.f16", "uint5-g32-offset-f16", "uint2-g16-offset-uint4x8.f16", "int3-g16-int6x8.f16",
+    "int6-g16-int8x4.bf16", "nf4-g32-int6x4.f16", "nf4-g40-offset-uint6x4.f32", "uint4-g32-offset=f16-uint6x4.f16",
+    "uint3-g10-offset=uint6x16.f16-f16", "uint4-channel-offset-f32",
+]  # fmt: skip
+
 pytestmark = pytest.mark.skipif(not TABLES, reason="the native library is not built")
 
 
 def problem(
-    columns: int, rows: int, *, groups: int, stored: torch.dtype, zeros: bool, bits: int = 4
+    columns: int,
+    rows: int,
+    *,
+    groups: int,
+    stored: torch.dtype,
+    zeros: bool = False,
+    offsets: bool = False,
+    element: NumberFormat = INT4,
 ) -> tuple[Tensor, Tensor, Grid, Tensor]:
     generator = torch.Generator().manual_seed(columns * 1000 + rows)
     w = torch.randn(columns, rows, generator=generator)
@@ -34,7 +50,8 @@ def problem(
     scales[0] = -scales[0]
     zero = torch.randint(-8, 8, (groups, rows), generator=generator).float() if zeros else None
     index = torch.randint(0, groups, (columns,), generator=generator)
-    return w, lower, Grid(Int(bits), scales, zero, stored), index
+    offset = torch.randn(groups, rows, generator=generator) if offsets else None
+    return w, lower, Grid(element, scales, zero, stored, offset), index
 
 
 def run(w: Tensor, lower: Tensor, grid: Grid, index: Tensor, *, twin: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,14 +63,26 @@ def run(w: Tensor, lower: Tensor, grid: Grid, index: Tensor, *, twin: bool) -> t
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    ("element", "zeros", "offsets"),
+    [("int4", False, False), ("int4", True, False), ("uint4", False, True), ("nf4", False, False), ("nf4", True, False),
+     ("fp4_e2m1", False, True)],
+)  # fmt: skip
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (3, 63), (32, 64), (17, 65), (128, 200)])
 def test_rounding_a_block_equals_its_twin(
-    monkeypatch: pytest.MonkeyPatch, table: str, zeros: bool, stored: torch.dtype, columns: int, rows: int
+    monkeypatch: pytest.MonkeyPatch,
+    table: str,
+    element: str,
+    zeros: bool,
+    offsets: bool,
+    stored: torch.dtype,
+    columns: int,
+    rows: int,
 ) -> None:
     monkeypatch.setenv(VARIABLE, table)
-    given = problem(columns, rows, groups=3, stored=stored, zeros=zeros)
+    number_format = provided("formats")[element]
+    given = problem(columns, rows, groups=3, stored=stored, zeros=zeros, offsets=offsets, element=number_format)
     values, errors, targets = run(*given, twin=False)
     expected, expected_errors, expected_targets = run(*given, twin=True)
     agree = values == expected
@@ -63,8 +92,12 @@ def test_rounding_a_block_equals_its_twin(
         torch.testing.assert_close(targets, expected_targets, rtol=2e-6, atol=2e-6)
 
 
-def test_every_instruction_set_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = problem(96, 130, groups=5, stored=torch.bfloat16, zeros=True, bits=3)
+@pytest.mark.parametrize("element", ["int3", "uint4", "nf4"])
+def test_every_instruction_set_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, element: str) -> None:
+    number_format, is_offset = provided("formats")[element], element == "uint4"
+    given = problem(
+        96, 130, groups=5, stored=torch.bfloat16, zeros=not is_offset, offsets=is_offset, element=number_format
+    )
     results = []
     for table in TABLES:
         monkeypatch.setenv(VARIABLE, table)
@@ -91,6 +124,7 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch: pytest.MonkeyPat
         "fp4_e2m1-g16-fp8_e4m3.f32",
         "int6-g16-int8x8.f16",
         "nf4-tensor-f32",
+        *NESTED,
     ],
 )
 def test_the_native_search_is_as_good_as_its_twin(
@@ -121,18 +155,18 @@ def test_tables_round_as_their_formats_do(element: NumberFormat) -> None:
     assert torch.equal(values[torch.bucketize(x, thresholds[:-1])], element.nearest(x) + 0.0)
 
 
-def test_every_instruction_set_finds_the_same_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    w = torch.randn(33, 256, generator=torch.Generator().manual_seed(2))
-    w[0], w[1, :128], w[2, 5] = 0.0, 3.5, 1e30
+@pytest.mark.parametrize("name", ["int3-g128-asym-f16", *NESTED])
+def test_every_instruction_set_finds_the_same_scales(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    # Rows that no number of lanes divides, and what may go wrong: zeros, one value, values beyond the stored types.
+    w = torch.randn(33, 640, generator=torch.Generator().manual_seed(2))
+    w[0], w[1, :128], w[2, 5], w[3], w[4] = 0.0, 3.5, 1e30, w[3].abs() + 1, w[4] * 1e-20
     found = []
     for table in TABLES:
         monkeypatch.setenv(VARIABLE, table)
-        found.append(fit_scales(w, parse_scheme("int3-g128-asym-f16")))
+        found.append(astuple(fit_scales(w, parse_scheme(name))))
     for other in found[1:]:
-        assert torch.equal(other.scales, found[0].scales)
-        assert found[0].zeros is not None
-        assert other.zeros is not None
-        assert torch.equal(other.zeros, found[0].zeros)
+        for one, two in zip(found[0], other, strict=True):
+            assert one is two is None or torch.equal(one, two)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -178,7 +212,8 @@ def test_kernels_that_the_processor_lacks_are_refused(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("place", "shape"), [(1, (3, 5)), (2, (4, 4)), (3, (4, 6)), (4, (3, 3)), (5, (2, 4)), (7, (3,))]
+    ("place", "shape"),
+    [(1, (3, 5)), (2, (4, 4)), (3, (4, 6)), (4, (3, 3)), (5, (2, 4)), (7, (3, 5)), (8, (3,)), (11, (1, 4))],
 )
 def test_arguments_of_wrong_shapes_are_refused(place: int, shape: tuple[int, ...]) -> None:
     assert library is not None
@@ -192,7 +227,7 @@ def test_arguments_of_wrong_shapes_are_refused(place: int, shape: tuple[int, ...
 def test_a_group_outside_the_scales_is_refused() -> None:
     assert library is not None
     given = list(arguments("scalar"))
-    given[7] = torch.tensor([0, 1, 2, 0])
+    given[8] = torch.tensor([0, 1, 2, 0])
     with pytest.raises(ValueError, match="outside the scales"):
         library.round_block(*given)
 
@@ -209,9 +244,11 @@ def arguments(kernels: str) -> tuple[object, ...]:
         torch.eye(4),
         scales,
         None,
+        None,
         groups,
         -8.0,
         7.0,
+        None,
         0,
         kernels,
     )

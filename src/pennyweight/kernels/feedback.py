@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pennyweight.formats import NumberFormat
-from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native
+from pennyweight.formats.integer import Int
+from pennyweight.kernels.native import STORED, has_kernels, kernel_table, native, table_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def round_block_(
     targets_k += lower_jk errors_j for all k < j. All [columns, rows] float32; `lower` [columns, columns] is unit lower;
     `groups` int64 [columns] are rows of the grid's scales. `values`, `errors` and `targets` are written.
     """
-    library = native() if grid.offsets is None and has_kernels(targets, grid.element) else None
+    is_whole = isinstance(grid.element, Int)
+    library = native() if has_kernels(targets, grid.element, tables=True) else None
     if library is None:
         _round_block(targets, w, values, errors, lower=lower, grid=grid, groups=groups)
         return
@@ -46,9 +48,11 @@ def round_block_(
         lower,
         grid.scales,
         grid.zeros,
+        grid.offsets,
         groups,
         grid.element.smallest,
         grid.element.largest,
+        None if is_whole else table_of(grid.element),
         STORED[grid.stored],
         kernel_table(),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -21,6 +22,8 @@ from pennyweight.formats.integer import Int
 
 # The numbers that csrc/kernels.h gives to the types in which scales are stored.
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Where it takes tables the native library goes through all values of one for each weight.
+_BITS_OF_TABLES = 4
 VARIABLE = "PENNYWEIGHT_KERNELS"
 _TABLES = ("avx512bf16", "avx512", "avx2", "scalar")
 _CHOICES = ("auto", "native", *_TABLES, "torch")
@@ -73,6 +76,7 @@ def as_stored(w: Tensor) -> Tensor:
     return w.view(torch.uint16) if w.dtype == torch.bfloat16 else w.float()
 
 
+@cache
 def table_of(element: NumberFormat) -> Tensor:
     """float32 [2, count]: the values that `element` emits, rising, and for each but the last the largest float32 that
     goes to it (the last column of that row stands for nothing)."""
@@ -84,6 +88,8 @@ def table_of(element: NumberFormat) -> Tensor:
     return torch.stack([values, torch.cat([thresholds, values[-1:]])])
 
 
-def has_kernels(x: Tensor, element: NumberFormat) -> bool:
-    """Whether the native kernels take `x` and this number format: integers, in the processor's memory."""
-    return isinstance(element, Int) and x.device.type == "cpu" and native() is not None
+def has_kernels(x: Tensor, element: NumberFormat, *, tables: bool = False) -> bool:
+    """Whether the native kernels take `x` and this number format: integers, and for those that take `tables` formats of
+    few values too, in the processor's memory."""
+    is_taken = isinstance(element, Int) or (tables and element.bits <= _BITS_OF_TABLES)
+    return is_taken and x.device.type == "cpu" and native() is not None

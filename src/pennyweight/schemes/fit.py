@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,17 +11,20 @@ from torch import Tensor
 from pennyweight.core.errors import ShapeError
 from pennyweight.core.parallel import chunks, one_thread_per_operation, parallel_map
 from pennyweight.kernels.native import has_kernels
+from pennyweight.schemes.nested import is_nested, search_nested, span_of
 from pennyweight.schemes.parameters import Parameters, spread
 from pennyweight.schemes.quantized import grouped
 from pennyweight.schemes.rounding import Stored, parents_of, stored_scales, stored_shifts
 from pennyweight.schemes.scheme import Scheme
-from pennyweight.schemes.search import Candidate, Groups, fit_groups
+from pennyweight.schemes.search import Candidate, Groups, exact_where_constant, fit_groups, range_of
 from pennyweight.schemes.storage import PerTensor, ScaleSpec
 
 Fit = Literal["minmax", "search"]
 
 # Weights per chunk: they stay in a core's second-level cache.
 _CHUNK = 1 << 18
+# The same where the native search takes them a few groups at a time.
+_TILED = 1 << 20
 # The same where they are looked at once only.
 _PASS = 1 << 21
 
@@ -33,20 +37,22 @@ def fit_scales(w: Tensor, scheme: Scheme, *, importance: Tensor | None = None, f
         sum_i importance_i * (w_i - decoded_i)**2
 
     group by group; see `pennyweight.schemes.search`. `importance` [in] is the Hessian's diagonal; ones without data.
-    Everything is rounded to its stored type before any error is computed. Scales that are codes with parents are
-    fitted twice: as floats, which gives the parents, and then on the grid that these make. A group of equal weights c
-    decodes to c, and a group of zeros to zeros, as exactly as the stored types and the values of the number format
-    hold them. Scales are never zero. Raises ShapeError.
+    Everything is rounded to its stored type before any error is computed. Offsets, and integer scales and offsets with
+    parents, are searched together with these, span by span; see `pennyweight.schemes.nested_twin`. Other scales that
+    are codes with parents are fitted twice: as floats, which gives the parents, and then on their grid. A group
+    of equal weights c decodes to c, and a group of zeros to zeros, as exactly as the stored types and the values of the
+    number format hold them. Scales are never zero. Raises ShapeError.
     """
     shape = scheme.scale_shape(tuple(w.shape))
     if 0 in w.shape:
         return _of_nothing(shape, scheme, w.device)
+    weights = None if importance is None else _per_weight(importance, scheme, tuple(w.shape))
+    if fit == "search" and is_nested(scheme):
+        return _fit_nested(grouped(w, scheme), scheme, weights)
     # The ends of a range are the same in the type in which the weights are stored.
     is_read_once = fit == "minmax" and scheme.is_plain and has_kernels(w, scheme.element)
     view = grouped(w if is_read_once else w.float(), scheme)
-    weights = None if importance is None else _per_weight(importance, scheme, tuple(w.shape))
     scales, shifts = stored_scales(scheme), stored_shifts(scheme)
-    found = None
     if _has_parents(scheme.scale) or _has_parents(scheme.offset):
         found = _fit(view, scheme, weights, fit, _unbound(scales), None if shifts is None else _unbound(shifts))
         scales = _with_parents(scales, found.scales)
@@ -70,8 +76,25 @@ def _fit(
     return Candidate.combined(parallel_map(one, chunks(view.shape[0], per_chunk)), torch.cat)
 
 
+def _fit_nested(w: Tensor, scheme: Scheme, weights: Tensor | None) -> Parameters:
+    """The best of each span of groups of `w` [rows, groups, size] of any float type, a chunk of rows at a time."""
+
+    def one(part: slice) -> Parameters:
+        groups = Groups(w[part].float().contiguous(), weights, scheme, stored_scales(scheme), stored_shifts(scheme))
+        found = search_nested(groups)
+        best = found.candidate
+        if found.has_constants:
+            groups = replace(groups, scales=found.scales, shifts=found.shifts)
+            best = exact_where_constant(groups, best, *range_of(groups))
+        return parameters_of(best, scheme, found.scales, found.shifts)
+
+    per_chunk = max(1, _TILED // (w.shape[1] * w.shape[2]))
+    return Parameters.combined(parallel_map(one, chunks(w.shape[0], per_chunk)), torch.cat)
+
+
 def _per_weight(importance: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> Tensor:
-    """Importance [in] in the shape that broadcasts over [rows, groups, size]; its mean over each group is 1."""
+    """Importance [in] in the shape that broadcasts over [rows, groups, size]; its mean over each group is 1, or over
+    all groups where spans of them share a parent."""
     if tuple(importance.shape) != shape[1:]:
         raise ShapeError(f"importance of shape {tuple(importance.shape)} for {shape[1]} columns: give one for each")
     columns = importance.float().reshape(1, -1, scheme.group_size(shape[1]))
@@ -80,6 +103,10 @@ def _per_weight(importance: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> T
     # Each group by itself: beside one column of huge importance all others would count alike. A column that
     # calibration never lit still deserves a sensible scale.
     normal = torch.where(mean > 0, columns / mean, 1.0).clamp_min(1e-4)
+    if is_nested(scheme) and span_of(scheme) > 1:
+        # Groups that share a parent are weighed against each other too.
+        overall = mean.mean()
+        normal = normal * torch.where(overall > 0, mean / overall, 1.0).clamp_min(1e-6)
     return normal.repeat(1, 1, shape[0]) if isinstance(scheme.granularity, PerTensor) else normal
 
 

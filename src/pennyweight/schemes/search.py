@@ -35,8 +35,6 @@ _ENDS = {
 _FLOATING = (2.0, 1.0, 24)
 # Above these bits the one value more on one side of zero no longer pays for trying both signs of the scale.
 _BITS_OF_BOTH_SIGNS = 4
-# The native search goes through all values of a table for each weight.
-_BITS_OF_TABLES = 4
 # Bounds on what nearly always ends earlier, because no group gains any more.
 _STEPS, _MOVES = 8, 3
 
@@ -114,14 +112,14 @@ class _Best:
 
 def fit_groups(groups: Groups, *, is_searched: bool) -> Candidate:
     """The best parameters of each group; where all weights of a group are equal, those that decode exactly."""
-    low, high = _range(groups)
+    low, high = range_of(groups)
     found = _minmax(groups, low, high)
     if is_searched:
         found = (_search_native if _has_native(groups) else _search)(groups, found, low, high)
-    return _exact_where_constant(groups, found, low, high)
+    return exact_where_constant(groups, found, low, high)
 
 
-def _range(groups: Groups) -> tuple[Tensor, Tensor]:
+def range_of(groups: Groups) -> tuple[Tensor, Tensor]:
     """Smallest and largest of each group, [rows, groups, 1]."""
     w = groups.w
     library = native() if has_kernels(w, groups.scheme.element) else None
@@ -198,12 +196,11 @@ def _stepped(groups: Groups, c: Candidate, step: float) -> Candidate:
 def _has_native(groups: Groups) -> bool:
     """Integers with plain parameters; without zero points and offsets also small tables, and scales that are codes."""
     scheme = groups.scheme
-    if groups.w.device.type != "cpu" or native() is None or groups.scales.is_unsigned:
+    if groups.scales.is_unsigned:
         return False
-    is_integer = isinstance(scheme.element, Int)
     if scheme.zero is not None or scheme.offset is not None:
-        return is_integer and scheme.is_plain
-    return is_integer or scheme.element.bits <= _BITS_OF_TABLES
+        return scheme.is_plain and has_kernels(groups.w, scheme.element)
+    return has_kernels(groups.w, scheme.element, tables=True)
 
 
 def _search_native(groups: Groups, first: Candidate, low: Tensor, high: Tensor) -> Candidate:
@@ -220,7 +217,7 @@ def _search_native(groups: Groups, first: Candidate, low: Tensor, high: Tensor) 
         None if groups.weights is None else groups.weights.reshape(-1, size),
         scales,
         zeros,
-        torch.tensor(_factors(groups) if zeros is None else _ends(scheme)).reshape(-1, 1 if zeros is None else 2),
+        torch.tensor(factors_of(groups) if zeros is None else ends_of(scheme)).reshape(-1, 1 if zeros is None else 2),
         scheme.element.smallest,
         scheme.element.largest,
         groups.scales.limit,
@@ -239,25 +236,25 @@ def _candidates(groups: Groups, low: Tensor, high: Tensor) -> Iterator[Candidate
     scheme, smallest, largest = groups.scheme, groups.scheme.element.smallest, groups.scheme.element.largest
     if scheme.has_integer_zero:
         low, high = low.clamp_max(0), high.clamp_min(0)
-        for below, above in _ends(scheme):
+        for below, above in ends_of(scheme):
             yield _placed(groups, low * below, high * above)
     elif groups.shifts is not None:
         half = (high - low) / 2
-        for below, above in _ends(scheme):
+        for below, above in ends_of(scheme):
             yield _placed(groups, low + (1 - below) * half, high - (1 - above) * half)
     else:
         # The side of the range with one more value faces the larger extreme, if need be by a negative scale.
         extreme = torch.where(-low >= high, low, high)
         full = extreme / smallest if smallest < 0 else extreme / largest
-        for factor in _factors(groups):
+        for factor in factors_of(groups):
             yield Candidate(groups.scales.nonzero(full * factor), None)
 
 
-def _ends(scheme: Scheme) -> list[tuple[float, float]]:
+def ends_of(scheme: Scheme) -> list[tuple[float, float]]:
     return [(below, above) for below in _ENDS[scheme.element.bits] for above in _ENDS[scheme.element.bits]]
 
 
-def _factors(groups: Groups) -> tuple[float, ...]:
+def factors_of(groups: Groups) -> tuple[float, ...]:
     """What the search multiplies the full range by; below zero for scales of the other sign."""
     scheme = groups.scheme
     if isinstance(scheme.scale.element, Minifloat) and scheme.scale.element.mantissa == 0:
@@ -313,7 +310,7 @@ def _best_scale(groups: Groups, q: Tensor, w: Tensor, otherwise: Tensor) -> Tens
     return groups.scales.nonzero(torch.where(over > 0, groups.sum(q * w) / over, otherwise))
 
 
-def _exact_where_constant(groups: Groups, best: Candidate, low: Tensor, high: Tensor) -> Candidate:
+def exact_where_constant(groups: Groups, best: Candidate, low: Tensor, high: Tensor) -> Candidate:
     """Groups of one value c, and of zeros: see `_exact`. The rest stays as it is."""
     scheme = groups.scheme
     scales = stored_scales(scheme, reach=1.0)
