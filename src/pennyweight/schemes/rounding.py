@@ -68,8 +68,8 @@ class Stored:
 def stored_scales(scheme: Scheme, *, reach: float | None = None) -> Stored:
     """Scales, without parents yet: `reach` times them, by default the largest |value - zero|, stays finite."""
     limit = torch.finfo(scheme.arithmetic).max / (1 + spread_of(scheme) if reach is None else reach)
-    stored = limit if scheme.scale.element is not None else torch.finfo(scheme.scale.torch_dtype).max
-    return Stored(scheme.scale, min(limit, stored))
+    own = limit if scheme.scale.element is not None else torch.finfo(scheme.scale.torch_dtype).max
+    return Stored(scheme.scale, min(limit, own))
 
 
 def stored_shifts(scheme: Scheme) -> Stored | None:
@@ -102,8 +102,15 @@ def parents_of(numbers: Tensor, spec: ScaleSpec) -> Tensor:
         wanted = torch.ldexp(torch.ones_like(fraction), torch.where(fraction == 0.5, exponent - 1, exponent))
     else:
         wanted = numbers.abs().reshape(numbers.shape[0], -1, spec.span).amax(-1) / largest
+    return torch.where(wanted == 0, 1.0, rounded_parents(wanted, spec).float()).to(spec.parent.torch_dtype)
+
+
+def rounded_parents(wanted: Tensor, spec: ScaleSpec) -> Tensor:
+    """The nearest parents of their stored type: finite with every code, and never 0."""
+    assert spec.parent is not None
+    assert spec.element is not None
     kind = spec.parent.torch_dtype
     bounds = torch.finfo(kind)
-    rounded = wanted.clamp_max(min(bounds.max, torch.finfo(torch.float32).max / largest)).to(kind)
-    # Too small for the type; of zeros only: any parent will do.
-    return torch.where(wanted == 0, 1.0, torch.where(rounded == 0, bounds.smallest_normal, rounded)).to(kind)
+    limit = min(bounds.max, torch.finfo(torch.float32).max / spec.element.largest)
+    rounded = wanted.clamp(-limit, limit).to(kind)
+    return torch.where(rounded == 0, bounds.smallest_normal, rounded).to(kind)
