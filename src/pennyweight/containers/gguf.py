@@ -34,7 +34,7 @@ _FILE_BYTES = 48 * 10**9
 # What a budget chooses from: each with the least error of its size.
 _ALPHABET = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 _OF_BITS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
-# Where 256 does not divide the inputs, as llama.cpp's quantizer falls back.
+# Where 256 does not divide the inputs: of the size of what llama.cpp's quantizer falls back to.
 _STAND_INS = {
     "q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "tq2_0": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1",
     "q6_k": "q8_0",
