@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks import llama_tools
 from benchmarks.gguf_files import tensor_bytes, write_decoded, write_floats
+from benchmarks.judges import DecoderJudge
 from benchmarks.llama_tools import LlamaJudge, Losses
 from benchmarks.processes import measure
 from benchmarks.results_file import RESULTS, cache, circumstances, heading, note, project_environment, save, table
@@ -93,6 +94,7 @@ class Bench:
 
     @cached_property
     def judge(self) -> LlamaJudge:
+        assert isinstance(self.subject.judge, DecoderJudge)
         return LlamaJudge(self.floats, self.subject.judge.windows, threads=self.threads)
 
     @cached_property
@@ -180,7 +182,7 @@ def known_rows(path: Path, facts: dict[str, Any]) -> list[Row]:
 
 def _row(values: dict[str, Any]) -> Row:
     def side(part: dict[str, Any]) -> Side:
-        return Side(**{key: tuple(value) if isinstance(value, list) else value for key, value in part.items()})
+        return Side(part["tensor_bytes"], part["file_bytes"], tuple(part["loss"]), tuple(part["share"]))
 
     sides = {key: side(values[key]) for key in ("ours", "theirs")}
     return Row(**{**values, **sides, "margin": tuple(values["margin"])})
@@ -231,9 +233,10 @@ def main() -> None:
         subject = demo(Path(directory), Path(directory))
         if isinstance(subject, str):
             parser.error(subject)
-        windows = len(subject.judge.windows)
-        for row in Bench(subject, Path(directory), arguments.threads).rows(arguments.rows, arguments.efforts, rows):
+        bench = Bench(subject, Path(directory), arguments.threads)
+        for row in bench.rows(arguments.rows, arguments.efforts, rows):
             rows.append(row)
+            windows = len(bench.judge.windows)
             content = {**facts, "windows": windows, "rows": [dataclasses.asdict(row) for row in rows]}
             save("gguf", content, markdown(facts, rows, windows), out=arguments.out)
 
