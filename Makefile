@@ -10,7 +10,9 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "Pennyweight needs Python 3.11 or later, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12" >&2; exit 1; }
 
-.PHONY: help demo test test-all lint format sanitize bench peers llama-cpp clean distclean
+LLAMA := .venvs/llama.cpp
+
+.PHONY: help demo test test-all lint format sanitize bench peers llama-cpp llama-tools clean distclean
 
 help:
 	@echo "make demo       quantize the small model that ships with Pennyweight and compare the two"
@@ -19,6 +21,7 @@ help:
 	@echo "make sanitize   run the native part under the address and undefined-behaviour sanitizers"
 	@echo "make bench      the quality table         make peers      environments of the tools we compare with"
 	@echo "make llama-cpp  llama.cpp for the tests of GGUF files; builds it, which takes minutes"
+	@echo "make llama-tools  its own quantizer, which 'python -m benchmarks.gguf' compares with"
 	@echo "make clean      remove what was built     make distclean  and the environments"
 
 demo: $(VENV)/.installed
@@ -59,6 +62,8 @@ bench: $(VENV)/.developer
 
 peers: $(PEERS:%=.venvs/%/.installed)
 
+llama-tools: $(LLAMA)/version
+
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
@@ -92,3 +97,19 @@ define PEER_ENVIRONMENT
 	@touch $$@
 endef
 $(foreach peer,$(PEERS),$(eval $(call PEER_ENVIRONMENT,$(peer))))
+
+# The package of sources holds those of llama.cpp. Its tools are linked as one piece each; nothing else is kept.
+$(LLAMA)/version: benchmarks/peers/llama_cpp/requirements.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --quiet cmake ninja
+	rm -rf $(LLAMA)/sources && mkdir $(LLAMA)/sources
+	$(LLAMA)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA)/sources --requirement $<
+	tar -xzf $(LLAMA)/sources/*.tar.gz --strip-components=1 -C $(LLAMA)/sources
+	PATH="$(abspath $(LLAMA)/bin):$$PATH" cmake -S $(LLAMA)/sources/vendor/llama.cpp -B $(LLAMA)/sources/build -G Ninja \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	PATH="$(abspath $(LLAMA)/bin):$$PATH" cmake --build $(LLAMA)/sources/build --target llama-quantize llama-imatrix
+	cp $(LLAMA)/sources/build/bin/llama-quantize $(LLAMA)/sources/build/bin/llama-imatrix $(LLAMA)/bin
+	rm -rf $(LLAMA)/sources
+	sed -n 's/^llama-cpp-python==//p' $< > $@

@@ -27,8 +27,9 @@ def llama(directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any
     return save(transformers.LlamaForCausalLM, config, directory, dtype=dtype)
 
 
-def mixtral(directory: Path) -> Path:
-    config = transformers.MixtralConfig(**_SIZES, **_GATED, num_local_experts=4, num_experts_per_tok=2)
+def mixtral(directory: Path, **changes: Any) -> Path:
+    experts = dict(num_local_experts=4, num_experts_per_tok=2)
+    config = transformers.MixtralConfig(**(_SIZES | _GATED | experts | changes))
     return save(transformers.MixtralForCausalLM, config, directory)
 
 

@@ -52,7 +52,9 @@ _Staged = Annotated[
         "--staged/--no-staged", help="Calibrate each matrix behind the quantized ones before it in its block."
     ),
 ]
-_Plan = Annotated[str | None, typer.Option(help="Plan file: the scheme of each weight, chosen before.")]
+_Plan = Annotated[
+    str | None, typer.Option(help="Plan file: the scheme of each weight, chosen before; or Q4_K_M... for llama.cpp.")
+]
 _Refine = Annotated[
     str | None, typer.Option(help="How those of a block are refined together: signed-gradient, sigmoid or none.")
 ]

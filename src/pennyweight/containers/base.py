@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pennyweight.containers.weight_files import WeightFiles
+from pennyweight.core.errors import UsageError
 from pennyweight.models.base import Site, TensorInfo
 from pennyweight.plan.candidates import INTEGERS
 from pennyweight.plan.plan import Plan
@@ -98,6 +99,15 @@ class Container(Protocol):
     def takes_embeddings(self) -> bool:
         """Whether an embedding can be quantized, and a head that shares its weight with it."""
         return False
+
+    @property
+    def presets(self) -> Sequence[str]:
+        """Names of plans that users of the runtime know."""
+        return ()
+
+    def preset(self, name: str, sites: Sequence[Site], *, has_data: bool) -> Mapping[str, Scheme | None]:
+        """The plan `name` of `presets` for `sites` (None: kept in float), with calibration data or without."""
+        raise UsageError(f"{name}: {self.name} knows no plan by name")
 
     def bound(self, facts: ModelFacts) -> Container:
         """The container for one model; raises ContainerError where it cannot hold such a model."""

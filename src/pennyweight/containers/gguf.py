@@ -34,17 +34,15 @@ _FILE_BYTES = 48 * 10**9
 # What a budget chooses from: each with the least error of its size.
 _ALPHABET = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 _OF_BITS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
-# Where 256 does not divide the inputs, as llama.cpp's quantizer falls back.
+# Where 256 does not divide the inputs: of the size of what llama.cpp's quantizer falls back to.
 _STAND_INS = {
     "q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "tq2_0": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1",
     "q6_k": "q8_0",
 }  # fmt: skip
 # An embedding or a head in fewer bits costs more than it saves.
 _LEAST_OF_ENDS = "q6_k"
-# Presets of llama.cpp whose names say more than a type.
-_FILE_TYPES = {
-    "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M", "MXFP4": "MOSTLY_MXFP4_MOE",
-}  # fmt: skip
+# Mixes of llama.cpp whose names say more than a type.
+_MIXES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 _USAGE = """```sh
 llama-cli -m model.gguf -p "Once upon a time"
 ```
@@ -94,6 +92,21 @@ class Gguf(Container):
     @property
     def takes_embeddings(self) -> bool:
         return True
+
+    @property
+    def presets(self) -> Sequence[str]:
+        from pennyweight.models.gguf.presets import PRESETS
+
+        return PRESETS
+
+    def preset(self, name: str, sites: Sequence[Site], *, has_data: bool) -> Mapping[str, Scheme | None]:
+        from pennyweight.models.gguf.presets import preset_types
+        from pennyweight.models.gguf.types import BLOCK_TYPES
+
+        assert self.model is not None
+        types = preset_types(name, self.model, has_data=has_data)
+        chosen = {site.name: types.get(self._tensor(site.tensor)) for site in sites}
+        return {site: None if kind is None else BLOCK_TYPES[kind].scheme for site, kind in chosen.items()}
 
     def bound(self, facts: ModelFacts) -> Container:
         from pennyweight.models.gguf.conversion import conversion
@@ -197,7 +210,7 @@ class Gguf(Container):
             for tensor, shape in self.model.shapes.items()
             for names in [members[tensor]]
         ]
-        fields = {**self.model.fields, **_said_of(plan, entries)}
+        fields = {**self.model.fields, **_said_of(self._mix(plan) or _most(plan, entries))}
         parts = split_layout(STEM, fields, tensors, max_file_bytes=_FILE_BYTES)
         return WeightFiles(
             headers={part.file: part.header for part in parts},
@@ -211,6 +224,19 @@ class Gguf(Container):
                 for name in members[tensor]
             },
         )
+
+    def _mix(self, plan: Plan) -> str | None:
+        """The mix of llama.cpp's quantizer that `plan` is, where it is one."""
+        from pennyweight.models.gguf.presets import PRESETS, preset_types
+
+        assert self.model is not None
+        types = {self._tensor(f"{site}.weight"): _known(scheme).name for site, scheme in plan.schemes.items()}
+        for name in PRESETS:
+            for has_data in (True, False):
+                found = preset_types(name, self.model, has_data=has_data)
+                if types == {tensor: kind for tensor, kind in found.items() if kind is not None}:
+                    return name
+        return None
 
     def _place(self, name: str) -> Stored | None:
         """Where the checkpoint's tensor `name` goes; None where it goes nowhere."""
@@ -270,17 +296,22 @@ def _type_number(name: str, entries: Mapping[str, TensorInfo], plan: Plan) -> in
     return next(kind.number for kind in FLOAT_TYPES.values() if kind.dtype == dtype)
 
 
-def _said_of(plan: Plan, entries: Mapping[str, TensorInfo]) -> dict[str, FieldValue]:
-    """The metadata that depends on the plan: what most of the weights are stored as."""
-    from gguf import GGML_QUANT_VERSION, GGUFValueType, Keys, LlamaFileType
-
-    from pennyweight.models.gguf.fields import FieldValue
-
+def _most(plan: Plan, entries: Mapping[str, TensorInfo]) -> str:
+    """The mix that is called after the type that takes the most bytes."""
     bytes_of: Counter[str] = Counter()
     for site, scheme in plan.schemes.items():
         bytes_of[_known(scheme).name] += entries[f"{site}.weight"].size_bytes
     [(most, _)] = bytes_of.most_common(1)
-    file_type = LlamaFileType[_FILE_TYPES.get(most, f"MOSTLY_{most}")]
+    return _MIXES.get(most, most)
+
+
+def _said_of(mix: str) -> dict[str, FieldValue]:
+    """The metadata that depends on the plan."""
+    from gguf import GGML_QUANT_VERSION, GGUFValueType, Keys, LlamaFileType
+
+    from pennyweight.models.gguf.fields import FieldValue
+
+    file_type = LlamaFileType[f"MOSTLY_{mix}"]
     return {
         Keys.General.QUANTIZATION_VERSION: FieldValue.of(GGML_QUANT_VERSION, GGUFValueType.UINT32),
         Keys.General.FILE_TYPE: FieldValue.of(int(file_type), GGUFValueType.UINT32),

@@ -19,7 +19,7 @@ from pennyweight.pipeline.records import RunReport, Tell
 from pennyweight.pipeline.run import check_target
 from pennyweight.pipeline.run import quantize as run
 from pennyweight.plan.budget import parse_budget
-from pennyweight.plan.plan_file import plan_entries
+from pennyweight.plan.plan_file import given_plan
 from pennyweight.schemes.fit import Fit
 from pennyweight.train.finish import Recovery
 from pennyweight.train.recover import Step
@@ -65,11 +65,11 @@ def quantize(
     """Quantize a model directory or Hub id into the new directory `out`, verified.
 
     One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity) and `plan` (a file,
-    or globs of sites -> schemes) stands in place of `scheme`; the rest as in Options. `tell` hears of blocks, the
-    others of steps of recovery, costs, plans tried. Raises PennyweightError, and then `out` does not exist."""
+    globs of sites -> schemes, a name like "Q4_K_M") stands in place of `scheme`; the rest as in Options. `tell` hears
+    of blocks, the others of steps, costs, plans tried. Raises PennyweightError, and then `out` does not exist."""
     options = Options(
         scheme=scheme, bits=bits, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss),
-        plan=plan_entries(plan), keep=tuple(keep), at=tuple(at), runtime=runtime, effort=effort, rotate=rotate,
+        plan=given_plan(plan), keep=tuple(keep), at=tuple(at), runtime=runtime, effort=effort, rotate=rotate,
         transform=transform, solver=solver, staged=staged, refine=refine, recover=recover,
         recover_epochs=recover_epochs, loss_aware=loss_aware, fit=fit,
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),

@@ -13,7 +13,7 @@ from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.effort import Effort, Steps, steps_of
 from pennyweight.plan.budget import Budget
 from pennyweight.plan.overrides import parse_overrides
-from pennyweight.plan.plan_file import PlanEntries
+from pennyweight.plan.plan_file import PlanEntries, PlanName
 from pennyweight.schemes import parse_scheme
 from pennyweight.schemes.fit import Fit
 
@@ -25,7 +25,7 @@ class Options:
     """scheme        short name, see `parse_scheme`: of every site, where there is neither a budget nor a plan
     bits          in place of a scheme: what the container does best in so many; without both, what it does best
     budget        what the result may take or lose: chooses the scheme of each site
-    plan          the scheme of each site, chosen before
+    plan          the scheme of each site, chosen before, or the name of a plan that the container knows
     keep, at      globs of sites that stay in float; GLOB=SCHEME for sites that get no other
     effort        what the run may cost: decides whatever of the next five is None
     rotate        whether the residual stream is rotated first, which changes nothing but how well it rounds
@@ -49,7 +49,7 @@ class Options:
     scheme: str | None = None
     bits: int | None = None
     budget: Budget | None = None
-    plan: PlanEntries | None = None
+    plan: PlanEntries | PlanName | None = None
     keep: tuple[str, ...] = ()
     at: tuple[str, ...] = ()
     effort: Effort = "normal"
@@ -80,7 +80,7 @@ class Options:
             raise UsageError(f"--bits {self.bits}: give 2 to 8")
         if self.budget is not None and self.plan is not None:
             raise UsageError(f"{self.budget} and the plan {self.plan.source} exclude each other: give one")
-        if self.plan is not None and (self.keep or self.at):
+        if isinstance(self.plan, PlanEntries) and (self.keep or self.at):
             raise UsageError(f"the plan {self.plan.source} decides every site: edit it in place of --keep and --at")
         parse_overrides(self.keep, self.at)
         if self.fit not in get_args(Fit):

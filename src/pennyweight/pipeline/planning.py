@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from pennyweight.containers.base import Container
 from pennyweight.core.errors import BudgetError, ContainerError, UsageError
 from pennyweight.models.base import Site
 from pennyweight.pipeline.beside import output_bytes
@@ -19,7 +20,7 @@ from pennyweight.plan.choices import Choice, Group, smallest
 from pennyweight.plan.frontier import Frontier, frontier
 from pennyweight.plan.overrides import Decided, decided_sites, parse_overrides
 from pennyweight.plan.plan import Plan
-from pennyweight.plan.plan_file import PlanEntries
+from pennyweight.plan.plan_file import PlanEntries, PlanName
 from pennyweight.plan.site_names import sites_called
 from pennyweight.plan.uniform import uniform_plan
 from pennyweight.schemes import PerGroup, Scheme, parse_scheme
@@ -207,6 +208,30 @@ def uniform(draft: Draft) -> Plan:
         kept |= plan.kept
         changed |= plan.changed
     return Plan({name: schemes[name] for name in draft.sites if name in schemes}, kept, changed)
+
+
+def check_name(plan: PlanEntries | PlanName | None, container: Container, *, runtime: str) -> None:
+    """Raises UsageError where `plan` is a name that the container of `runtime` does not know."""
+    if isinstance(plan, PlanName) and plan.source not in container.presets:
+        known = ", ".join(container.presets)
+        names = f"it is no plan that {runtime} knows: {known}" if known else f"{runtime} knows no plan by name"
+        raise UsageError(f"--plan {plan.source}: there is no such file, and {names}")
+
+
+def preset(draft: Draft, name: str) -> Plan:
+    """The plan that the container knows by `name`, but for the sites that the user decided otherwise."""
+    found = draft.container.preset(name, draft.listed, has_data=draft.windows is not None)
+    schemes: dict[str, Scheme] = {}
+    kept: dict[str, str] = {}
+    for site, one in (
+        {site: Decided(found[site], f"as in {name}") for site in draft.sites} | decided_of(draft, ())
+    ).items():
+        refusal = one.reason if one.scheme is None else draft.why_not(one.scheme, site)
+        if one.scheme is None or refusal is not None:
+            kept[site] = refusal or one.reason
+        else:
+            schemes[site] = one.scheme
+    return Plan(schemes, kept)
 
 
 def given(draft: Draft, entries: PlanEntries) -> Plan:

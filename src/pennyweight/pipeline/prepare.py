@@ -20,9 +20,10 @@ from pennyweight.pipeline.job import Draft, Job
 from pennyweight.pipeline.measuring import Measuring
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import carried_files
-from pennyweight.pipeline.planning import given, problem_of, uniform, within
+from pennyweight.pipeline.planning import check_name, given, preset, problem_of, uniform, within
 from pennyweight.pipeline.windows import calibration_windows
 from pennyweight.plan.plan import Plan
+from pennyweight.plan.plan_file import PlanName
 
 _SCALE_TYPES = ("float16", "bfloat16", "float32")
 
@@ -54,6 +55,7 @@ def drafted(model: str, options: Options, container: Container | None, hashes: H
     """All but the plan. `hashes` may have been begun before; they are closed."""
     options.check()
     container = container or container_for(options.runtime)
+    check_name(options.plan, container, runtime=options.runtime)
     hashes = Hashes() if hashes is None else hashes
     try:
         path = resolve(model, trust_remote_code=options.trust_remote_code)
@@ -112,7 +114,9 @@ def _loaded_dtype(model: StreamedModel) -> str:
 
 def _plan(draft: Draft, tell: CostTell) -> Plan:
     options = draft.options
-    if options.plan is not None:
+    if isinstance(options.plan, PlanName):
+        plan = preset(draft, options.plan.source)
+    elif options.plan is not None:
         plan = given(draft, options.plan)
     elif options.budget is not None:
         plan = within(draft, problem_of(draft, Measuring(draft, tell)), options.budget)

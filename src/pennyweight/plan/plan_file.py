@@ -81,11 +81,24 @@ class PlanEntries:
             raise UsageError(f"{self.source}: {key}: {error}") from error
 
 
-def plan_entries(given: str | Path | Mapping[str, str] | None) -> PlanEntries | None:
-    """Those of a plan file or of a mapping; raises UsageError for a file that cannot be read."""
+@dataclass(frozen=True)
+class PlanName:
+    """A plan that the container knows by name, "Q4_K_M". `source` is what messages call it."""
+
+    source: str
+
+
+def given_plan(given: str | Path | Mapping[str, str] | None) -> PlanEntries | PlanName | None:
+    """The plan of a file or of a mapping, or its name where there is no file called so.
+
+    Raises UsageError for a file that cannot be read.
+    """
     if given is None:
         return None
-    return PlanEntries("the plan", given) if isinstance(given, Mapping) else read_plan_file(Path(given))
+    if isinstance(given, Mapping):
+        return PlanEntries("the plan", given)
+    is_name = isinstance(given, str) and not Path(given).exists()
+    return PlanName(str(given)) if is_name else read_plan_file(Path(given))
 
 
 def read_plan_file(path: Path) -> PlanEntries:
