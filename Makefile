@@ -111,5 +111,7 @@ $(LLAMA)/version: benchmarks/peers/llama_cpp/requirements.txt
 		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
 	PATH="$(abspath $(LLAMA)/bin):$$PATH" cmake --build $(LLAMA)/sources/build --target llama-quantize llama-imatrix
 	cp $(LLAMA)/sources/build/bin/llama-quantize $(LLAMA)/sources/build/bin/llama-imatrix $(LLAMA)/bin
+	mkdir -p $(LLAMA)/converter
+	cp -r $(addprefix $(LLAMA)/sources/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py) $(LLAMA)/converter
 	rm -rf $(LLAMA)/sources
 	sed -n 's/^llama-cpp-python==//p' $< > $@

@@ -41,9 +41,18 @@ def versions() -> dict[str, str]:
     return {"llama-cpp-python": version("llama-cpp-python"), "llama.cpp's tools of": tools_version()}
 
 
+def tool(name: str) -> Path:
+    return _PLACE / "bin" / name
+
+
+def converter() -> Path:
+    """The directory of convert_hf_to_gguf.py."""
+    return _PLACE / "converter"
+
+
 def run_tool(name: str, *words: object) -> None:
     """Raises RuntimeError with what the tool said last."""
-    command = [str(_PLACE / "bin" / name), *map(str, words)]
+    command = [str(tool(name)), *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stdout.decode(errors='replace')[-_LOG_TAIL:]}")

@@ -106,7 +106,7 @@ class Bench:
         """One run from a page cache that holds the checkpoint."""
         model, out = self.checkpoint(blocks), self._work / "out"
         tokens = self.tokens(model) if job == "gptq" else None
-        _read_all(model)
+        read_all(model)
         os.sync()
         load = round(os.getloadavg()[0], 2)
         done = self._ours(job, model, out) if tool == OURS else _peer(job, model, out, tokens)
@@ -142,7 +142,8 @@ def _peer(job: str, model: Path, out: Path, tokens: Path | None) -> Measured:
     return LLM_COMPRESSOR.run(model, out, scheme=SCHEME, solver=job, tokens=tokens)
 
 
-def _read_all(model: Path) -> None:
+def read_all(model: Path) -> None:
+    """Bring the files of `model` into the page cache."""
     buffer = bytearray(1 << 22)
     for path in model.iterdir():
         with path.open("rb", buffering=0) as file:
