@@ -100,7 +100,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     Raises ModelError where there is no such file or several, and CheckpointError where it is damaged or does not hold
     what the config asks for.
     """
-    file = read_gguf(_first_file(path))
+    file = read_gguf(gguf_file(path))
     config = read_config_json(path)
     family, hyper = family_of(config), hyperparameters(config)
     named = _names(build(read_config(path)), expert_count(hyper), is_mixtral=config.get("model_type") == "mixtral")
@@ -124,7 +124,8 @@ def _dtype(tensor: GgufTensor) -> torch.dtype:
     return kind.dtype if isinstance(kind, FloatType) else torch.float32
 
 
-def _first_file(path: Path) -> Path:
+def gguf_file(path: Path) -> Path:
+    """The GGUF file in the directory `path`, or the first of its parts; raises ModelError for none or several."""
     files = sorted(path.glob("*.gguf"))
     first = [file for file in files if "-of-" not in file.stem or file.stem.split("-of-")[0].endswith("-00001")]
     if len(first) != 1:
