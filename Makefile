@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "Pennyweight needs Python 3.11 or later, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12" >&2; exit 1; }
 
-.PHONY: help demo test test-all lint format sanitize bench peers clean distclean
+.PHONY: help demo test test-all lint format sanitize bench peers llama-cpp clean distclean
 
 help:
 	@echo "make demo       quantize the small model that ships with Pennyweight and compare the two"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint       formatting, types, layers make format     mend the formatting"
 	@echo "make sanitize   run the native part under the address and undefined-behaviour sanitizers"
 	@echo "make bench      the quality table         make peers      environments of the tools we compare with"
+	@echo "make llama-cpp  llama.cpp for the tests of GGUF files; builds it, which takes minutes"
 	@echo "make clean      remove what was built     make distclean  and the environments"
 
 demo: $(VENV)/.installed
@@ -40,6 +41,11 @@ format: $(VENV)/.developer
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
+
+# The real reader of GGUF files, as the extra of that name has it; pip keeps the wheel that it builds.
+llama-cpp: $(VENV)/.developer
+	$(PIP_INSTALL) "$$($(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["llama-cpp"])')"
 
 # Linux and gcc: python itself is not instrumented, so the sanitizer's library has to be loaded before it.
 sanitize: $(VENV)/.installed

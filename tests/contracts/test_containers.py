@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from pennyweight.containers.base import Container
+from pennyweight.containers.gguf import Gguf
 from pennyweight.core.registry import provided
 from pennyweight.formats.integer import Int
 from pennyweight.models.base import Site, TensorInfo
+from pennyweight.models.gguf.conversion import Conversion
+from pennyweight.models.gguf.stored import Stored
+from pennyweight.models.gguf.types import BLOCK_TYPES
 from pennyweight.schemes import (
     PerChannel,
     PerGroup,
@@ -25,7 +30,13 @@ from pennyweight.schemes import (
     parse_scheme,
 )
 
-CONTAINERS: list[Container] = list(provided("containers").values())
+# Bound to a model with the one site of these tests, of a head whose rows llama.cpp wants in another order.
+_PLACE = Stored("blk.0.attn_q.weight", shape=(4, 32), is_float32=False, heads=1)
+_MODEL = Conversion("llama", {}, {"up.weight": (_PLACE,)}, {}, {}, {"blk.0.attn_q.weight": (4, 32)}, 0)
+CONTAINERS: list[Container] = [
+    replace(container, model=_MODEL) if isinstance(container, Gguf) else container
+    for container in provided("containers").values()
+]
 each_container = pytest.mark.parametrize("container", CONTAINERS, ids=lambda container: container.name)
 
 granularities = st.one_of(
@@ -42,34 +53,59 @@ FLOATS = [
     "fp8_e4m3-channel-bf16", "fp8_e4m3-tensor-f32", "mxfp8", "mxfp4", "nvfp4", "nf4-g16-f16", "int4-g16-offset-f16",
     "int4-g16-fzero-bf16", "fp4_e2m1-g16-e8m0", "bal2-channel-f32", "ternary-g16-f16", "fp8_e5m2-channel-f16",
 ]  # fmt: skip
-schemes = st.one_of(integers, st.sampled_from(FLOATS).map(parse_scheme))
+BLOCKS = [kind.scheme for kind in BLOCK_TYPES.values()]
+schemes = st.one_of(integers, st.sampled_from(FLOATS).map(parse_scheme), st.sampled_from(BLOCKS))
 shapes = st.tuples(st.integers(1, 70), st.one_of(st.integers(1, 70), st.sampled_from([128, 256])))
-sites = st.builds(lambda shape: Site("model.layers.0.mlp.up_proj", shape, 0, "linear", "up.weight"), shapes)
+shapes_of_blocks = st.tuples(st.sampled_from([2, 4, 16]), st.sampled_from([32, 256, 512]))
+
+
+def site_of(shape: tuple[int, int]) -> Site:
+    return Site("model.layers.0.mlp.up_proj", shape, 0, "linear", "up.weight")
+
+
+sites = st.builds(site_of, shapes)
+
+
+def likely(container: Container) -> st.SearchStrategy[tuple[Scheme, Site]]:
+    """Schemes and sites of which `container` takes many together."""
+    if container.name == "gguf":
+        return st.tuples(st.sampled_from(BLOCKS), st.builds(site_of, shapes_of_blocks))
+    return st.tuples(schemes, sites)
 
 
 def random_weight(scheme: Scheme, shape: tuple[int, int], seed: int) -> QuantizedWeight:
-    """Any codes, zero points and scales of the scheme, negative scales and zeros among them."""
+    """Any codes, zero points, scales and offsets of the scheme, negative scales and zeros among them."""
     generator = torch.Generator().manual_seed(seed)
     expected = scheme.scale_shape(shape)
-    codes = torch.randint(0, 2**scheme.element.bits, shape, generator=generator, dtype=torch.uint8)
-    if scheme.scale.element is not None:
-        scales = torch.randint(0, 256, expected, generator=generator, dtype=torch.uint8)
-        # A power of two, as fit_scales gives: the file holds its reciprocal.
-        parents = None if scheme.scale.parent is None else torch.full((1, 1), 2.0 ** (seed % 20 - 15))
-        return QuantizedWeight(codes, scales, None, scheme, parents=parents)
-    scales = torch.randn(expected, generator=generator).to(scheme.scale.torch_dtype)
-    scales[torch.rand(expected, generator=generator) < 0.1] = 0
+
+    def codes_of(bits: int, size: tuple[int, int]) -> Tensor:
+        return torch.randint(0, 2**bits, size, generator=generator, dtype=torch.uint8)
+
+    def stored(spec: ScaleSpec) -> tuple[Tensor, Tensor | None]:
+        if spec.element is None:
+            numbers = torch.randn(expected, generator=generator).to(spec.torch_dtype)
+            return numbers.masked_fill_(torch.rand(expected, generator=generator) < 0.1, 0), None
+        if spec.parent is None:
+            return codes_of(spec.element.bits, expected), None
+        if spec.span is None:
+            # A power of two, as fit_scales gives: the file holds its reciprocal.
+            return codes_of(spec.element.bits, expected), torch.full((1, 1), 2.0 ** (seed % 20 - 15))
+        parents = torch.randn(spec.parent_shape(expected), generator=generator).to(spec.parent.torch_dtype)
+        return codes_of(spec.element.bits, expected), parents
+
+    scales, parents = stored(scheme.scale)
+    offsets, offset_parents = (None, None) if scheme.offset is None else stored(scheme.offset)
     low, high = int(scheme.element.smallest), int(scheme.element.largest)
     zeros = torch.randint(low, high + 1, expected, generator=generator).to(torch.int16) if scheme.zero else None
-    return QuantizedWeight(codes, scales, zeros, scheme)
+    codes = codes_of(scheme.element.bits, shape)
+    return QuantizedWeight(codes, scales, zeros, scheme, offsets, parents, offset_parents)
 
 
 @each_container
 @settings(max_examples=120, deadline=None)
-@given(scheme=schemes, site=sites, seed=st.integers(0, 1000))
-def test_codes_come_back_and_entries_are_what_is_written(
-    container: Container, scheme: Scheme, site: Site, seed: int
-) -> None:
+@given(data=st.data(), seed=st.integers(0, 1000))
+def test_codes_come_back_and_entries_are_what_is_written(container: Container, data: st.DataObject, seed: int) -> None:
+    scheme, site = data.draw(likely(container))
     assume(any(container.why_not(scheme, site, runtime=runtime) is None for runtime in container.runtimes))
     weight = random_weight(scheme, site.shape, seed)
     tensors = container.encode(site, weight)
@@ -88,10 +124,9 @@ def test_codes_come_back_and_entries_are_what_is_written(
 
 @each_container
 @settings(max_examples=100, deadline=None)
-@given(scheme=schemes, site=sites)
-def test_a_site_takes_what_its_scheme_says_and_at_most_padding_more(
-    container: Container, scheme: Scheme, site: Site
-) -> None:
+@given(data=st.data())
+def test_a_site_takes_what_its_scheme_says_and_at_most_padding_more(container: Container, data: st.DataObject) -> None:
+    scheme, site = data.draw(likely(container))
     assume(any(container.why_not(scheme, site, runtime=runtime) is None for runtime in container.runtimes))
     stored_bits = 8 * sum(info.size_bytes for info in container.entries(site, scheme).values())
     rows, groups = scheme.scale_shape(site.shape)
@@ -99,7 +134,8 @@ def test_a_site_takes_what_its_scheme_says_and_at_most_padding_more(
     padding_bits = 31 * (site.shape[0] + (groups if scheme.zero else 0)) + 128
     assert scheme.storage_bits(site.shape) <= stored_bits <= scheme.storage_bits(site.shape) + padding_bits
     if site.shape[1] % 32 == 0 and scheme.zero is None:
-        shape_bits = 128 if isinstance(scheme.element, Int) else 0
+        has_shape = isinstance(scheme.element, Int) and container.name == "compressed-tensors"
+        shape_bits = 128 if has_shape else 0
         assert stored_bits == scheme.storage_bits(site.shape) + shape_bits
     assert rows in (1, site.shape[0])
 

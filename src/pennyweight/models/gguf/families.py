@@ -80,6 +80,11 @@ def check(family: Family, hyper: Hyper) -> None:
             f"config.json: rope_type {scaling!r} can't be said in a GGUF file of this family; known are "
             f"{', '.join(('default', *family.scaling))}. Choose another container."
         )
+    if hyper.get("norm_topk_prob") is False:
+        raise ContainerError(
+            "config.json: norm_topk_prob is false, but llama.cpp makes the weights of the chosen experts sum to 1. "
+            "Choose another container."
+        )
     layers = hyper.get("layer_types") if family.full_every > 1 else None
     for index, layer in enumerate(layers or ()):
         expected = "sliding_attention" if (index + 1) % family.full_every else "full_attention"

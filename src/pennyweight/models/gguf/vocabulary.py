@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +75,7 @@ def read_vocabulary(path: Path, *, vocab_size: int, has_prefix: bool | None) -> 
         raise ContainerError(f"{path / 'tokenizer.json'}: is not BPE, the only kind that is known: choose another one")
     if files.tokenizer["model"].get("byte_fallback"):
         return _scored(files, files.tokenizer, vocab_size, stated if has_prefix is None else has_prefix)
-    return _byte_level(files, files.tokenizer, vocab_size, stated)
+    return _byte_level(files, files.tokenizer, vocab_size)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
@@ -150,7 +150,7 @@ def _scored(files: _Files, tokenizer: Mapping[str, Any], size: int, has_prefix: 
     return Vocabulary("llama", "default", table.tokens, table.types, table.scores, has_prefix)
 
 
-def _byte_level(files: _Files, tokenizer: Mapping[str, Any], size: int, has_prefix: bool | None) -> Vocabulary:
+def _byte_level(files: _Files, tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
     file = files.path / "tokenizer.json"
     normalizer = tokenizer.get("normalizer") or {}
     # llama.cpp leaves text as it is; NFC changes only text that is rarely written.
@@ -164,7 +164,7 @@ def _byte_level(files: _Files, tokenizer: Mapping[str, Any], size: int, has_pref
         table.put(index, token, _TYPE.NORMAL, 0.0)
     for token, index, is_special in _added(files, tokenizer):
         table.put_added(index, token, is_special=is_special)
-    return Vocabulary("gpt2", pre_tokenizer_name(tokenizer), table.tokens, table.types, None, has_prefix)
+    return Vocabulary("gpt2", pre_tokenizer_name(tokenizer), table.tokens, table.types, None, None)
 
 
 def _checked_size(files: _Files, tokenizer: Mapping[str, Any], size: int) -> int:
@@ -190,8 +190,19 @@ def _added(files: _Files, tokenizer: Mapping[str, Any]) -> list[tuple[str, int, 
     return [(token, index, is_special) for token, (index, is_special) in found.items()]
 
 
+def _check_distinct(path: Path, tokens: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for token in tokens:
+        if token in seen:
+            raise ContainerError(
+                f"{path}: two tokens read {token!r}, and llama.cpp stops at such a file: choose another container"
+            )
+        seen.add(token)
+
+
 def add_vocabulary(writer: gguf.GGUFWriter, path: Path, vocabulary: Vocabulary) -> None:
     """Add all of `tokenizer.*`, with special tokens, merges and the chat template from the files in `path`."""
+    _check_distinct(path, vocabulary.tokens)
     is_bpe = vocabulary.scores is None
     if vocabulary.has_prefix is not None:
         writer.add_add_space_prefix(vocabulary.has_prefix)
