@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pennyweight.core.errors import ContainerError, ModelError
+from pennyweight.core.errors import ContainerError, ModelError, VerificationError
 from pennyweight.core.parallel import one_thread_per_operation, parallel_map
 from pennyweight.models.base import Checkpoint, Site
 from pennyweight.models.checkpoint import open_checkpoint
@@ -148,7 +148,7 @@ def _compared(job: Job, match: Match, directory: Path) -> dict[str, Any]:
             problems.append(f"{name}: it is not the weight of the artefact any more")
     if problems or not codes <= set(names):
         problems += [f"{name}: it is not in the result" for name in sorted(codes - set(names))]
-        raise ContainerError(f"{directory}: {'; '.join(problems[:_SHOWN])}: this is a fault of Pennyweight's, tell us")
+        raise VerificationError(f"{directory}: {'; '.join(problems[:_SHOWN])}: this is a fault of ours, please tell us")
     return {"weights_compared": len(codes), "weights_wider": len(wider), "kept_compared": len(names) - len(codes)}
 
 

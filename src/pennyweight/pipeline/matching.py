@@ -111,7 +111,7 @@ def _match_group(
         possible = held
         if not possible:
             reason = reason.removeprefix(f"{site.name}: ")
-            match.lost |= dict.fromkeys(stored, reason if len(sites) == 1 else f"{site.name}: {reason}")
+            match.lost |= {name: reason if name == site.name else f"{site.name}: {reason}" for name in stored}
             return
     match.schemes |= dict.fromkeys(stored, possible[0])
     match.wider += [name for name in stored if (name, possible[0]) in wider]

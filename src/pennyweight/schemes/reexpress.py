@@ -88,6 +88,8 @@ def _same(weight: QuantizedWeight, scheme: Scheme, factor: float) -> QuantizedWe
 def _numbers(weight: QuantizedWeight, scheme: Scheme) -> _Numbers:
     given = weight.parameters.decoded(weight.scheme)
     scales = given.scales.double()
+    if not bool(scales.isfinite().all()):
+        raise _Inexact(f"{weight.scheme} given: some of its scales are no numbers")
     zeros = offsets = torch.zeros_like(scales)
     if given.zeros is not None:
         zeros = given.zeros.double()
@@ -105,10 +107,12 @@ def _regrouped(x: Tensor, weight: QuantizedWeight, scheme: Scheme) -> Tensor:
     fine = math.gcd(old, new) or 1
     x = x.expand(rows, -1).repeat_interleave(old // fine, dim=1)
     shape = scheme.scale_shape(weight.shape)
+    if not x.numel():
+        return x.new_zeros(shape)
     x = x.reshape(1, 1, -1) if isinstance(scheme.granularity, PerTensor) else x.reshape(*shape, -1)
-    if x.numel() and not bool((x == x[..., :1]).all()):
+    if not bool((x == x[..., :1]).all()):
         raise _Inexact(f"{weight.scheme} given: one scale of {scheme} would stand for several that differ")
-    return x[..., 0] if x.numel() else x.new_zeros(shape)
+    return x[..., 0]
 
 
 def _shift(element: NumberFormat, scheme: Scheme) -> float:
