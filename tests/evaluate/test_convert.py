@@ -121,8 +121,8 @@ def test_each_scheme_becomes_the_smallest_type_that_holds_its_numbers(
     assert found == kind
     theirs = _read_by_compressed_tensors(packed, UP, capsys)
     assert torch.equal(weight.to(theirs.dtype), theirs)
-    assert report.verification["weights_compared"] == 14
-    assert report.verification["weights_wider"] == (0 if scheme in _EXACT else 14)
+    assert report.verification["codes_compared"] == 14
+    assert report.verification["codes_wider"] == (0 if scheme in _EXACT else 14)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_the_model_that_is_shipped_goes_to_llama_cpp_and_back(tmp_path: Path) ->
     pytest.importorskip("llama_cpp", reason=_MISSING)
     packed = _quantized(DEMO, tmp_path / "packed", "int4-g128")
     there = convert(packed, tmp_path / "there", runtime="llama.cpp")
-    assert (there.verified, there.verification["weights_compared"]) == ("full", 28)
+    assert (there.verified, there.verification["codes_compared"]) == ("full", 28)
     back = convert(tmp_path / "there", tmp_path / "back", runtime="transformers")
     assert (back.verified, back.verification["largest_difference"]) == ("full", 0.0)
     first, last = (load_file(path / "model.safetensors") for path in (packed, tmp_path / "back"))
@@ -235,7 +235,7 @@ def test_vllm_gets_no_weights_that_it_would_round(q4_0: Path, packed: Path, tmp_
         _converted(q4_0, tmp_path / "out", "vllm")
     with pytest.raises(ContainerError, match="loads the model in bfloat16, which would round"):
         _converted(q4_0, tmp_path / "out", "vllm", allow_float=True)
-    assert _converted(packed, tmp_path / "out", "vllm").verification["weights_wider"] == 0
+    assert _converted(packed, tmp_path / "out", "vllm").verification["codes_wider"] == 0
 
 
 # ---- records and hostile input

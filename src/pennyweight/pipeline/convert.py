@@ -149,7 +149,7 @@ def _compared(job: Job, match: Match, directory: Path) -> dict[str, Any]:
     if problems or not codes <= set(names):
         problems += [f"{name}: it is not in the result" for name in sorted(codes - set(names))]
         raise VerificationError(f"{directory}: {'; '.join(problems[:_SHOWN])}: this is a fault of ours, please tell us")
-    return {"weights_compared": len(codes), "weights_wider": len(wider), "kept_compared": len(names) - len(codes)}
+    return {"codes_compared": len(codes), "codes_wider": len(wider), "kept_compared": len(names) - len(codes)}
 
 
 def _narrow(job: Job, tensor: str) -> str:
