@@ -74,7 +74,7 @@ def convert(
         return _copy(job, output, coded, tell)
 
     def checked(directory: Path) -> dict[str, Any]:
-        compared = _compared(job, match, directory)
+        compared = _compared(job, match, coded, directory)
         return {**(prove(directory) if prove is not None else {"verified": "none"}), **compared}
 
     found = {"conversion": _origin(draft, coded, match)}
@@ -131,10 +131,15 @@ def _copy(job: Job, output: Output, coded: Mapping[str, Coded | None], tell: Tel
     return records
 
 
-def _compared(job: Job, match: Match, directory: Path) -> dict[str, Any]:
+def _compared(job: Job, match: Match, coded: Mapping[str, Coded | None], directory: Path) -> dict[str, Any]:
     """Every weight of the result as it is read from the disk again, against that of the artefact."""
     ours, theirs = decoded(open_checkpoint(directory), read_config_json(directory)), job.model.checkpoint
-    wider = {site.tensor: job.plan.schemes[site.name] for site in job.quantized if site.name in match.wider}
+    names_wider = set(match.wider)
+    wider = {
+        site.tensor: stored.scheme.arithmetic
+        for site in job.quantized
+        if site.name in names_wider and (stored := coded[site.tensor]) is not None
+    }
     codes = {site.tensor for site in job.quantized}
     names = [name for name in theirs.tensors if name in ours.tensors]
     problems = []
@@ -143,19 +148,13 @@ def _compared(job: Job, match: Match, directory: Path) -> dict[str, Any]:
         if name not in codes:
             old = _as_kept(job, theirs, name, old)
         elif name in wider:
-            new = new.to(getattr(torch, _narrow(job, name)))
+            new = new.to(wider[name])
         if not torch.equal(new.to(old.dtype), old):
             problems.append(f"{name}: it is not the weight of the artefact any more")
     if problems or not codes <= set(names):
         problems += [f"{name}: it is not in the result" for name in sorted(codes - set(names))]
         raise VerificationError(f"{directory}: {'; '.join(problems[:_SHOWN])}: this is a fault of ours, please tell us")
     return {"codes_compared": len(codes), "codes_wider": len(wider), "kept_compared": len(names) - len(codes)}
-
-
-def _narrow(job: Job, tensor: str) -> str:
-    stored = coded_tensors(job.model.checkpoint)[tensor]
-    assert stored is not None
-    return str(stored.scheme.arithmetic).removeprefix("torch.")
 
 
 def _as_kept(job: Job, checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
