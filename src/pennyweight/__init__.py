@@ -9,14 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pennyweight.evaluate.converted import convert
     from pennyweight.evaluate.proved import quantize
     from pennyweight.evaluate.verify import verify
 
-__all__ = ["__version__", "quantize", "verify"]
+__all__ = ["__version__", "convert", "quantize", "verify"]
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _LAZY = {
+    "convert": "pennyweight.evaluate.converted",
     "quantize": "pennyweight.evaluate.proved",
     "verify": "pennyweight.evaluate.verify",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,33 @@ def test_run_continues_a_prompt(pennyweight: Command, artefact: Path) -> None:
     assert same["text"] == found["text"]
 
 
+def test_convert_prints_one_json_object_and_says_what_became_of_the_codes(
+    pennyweight: Command, artefact: Path, tmp_path: Path
+) -> None:
+    asked = ("--for", "vllm", "--verify", "none")
+    found = _json(pennyweight("convert", artefact, "--out", tmp_path / "out", *asked[:1], "transformers", "--json"))
+    promised = {"out", "size_bytes", "bpw", "sites", "kept", "changed", "seconds", "peak_memory_bytes", "verified"}
+    assert promised <= found.keys()
+    assert (found["sites"], found["verified"], found["kept"], found["changed"]) == (21, "full", {}, {})
+    words = pennyweight("convert", artefact, "--out", tmp_path / "vllm", *asked)
+    assert words.exit_code == 1
+    assert "groups of 16 given; vLLM's Marlin kernels take groups of 32, 64 or 128" in words.stderr
+    words = pennyweight("convert", artefact, "--out", tmp_path / "words", "--for", "transformers", "--verify", "none")
+    assert "21 weights with their codes, at 6.000 bits, scales included" in words.stdout
+    assert "verified: none" in words.stdout
+
+
+def test_run_needs_llama_cpp_for_gguf(
+    pennyweight: Command, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Path(shutil.copytree(artefact, tmp_path / "mine"))
+    (mine / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    result = pennyweight("run", mine, "--prompt", "a bee")
+    assert result.exit_code == 1
+    assert result.stderr == "error: llama_cpp is needed here: pip install 'pennyweight[llama-cpp]'\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -153,7 +181,7 @@ def test_run_continues_a_prompt(pennyweight: Command, artefact: Path) -> None:
         (("quantize", "MODEL", "--out", "out", "--solver", "magic"), 2, "choose|gptq, gptq-refined"),
         (("quantize", "MODEL", "--out", "out", "--fit", "best"), 2, "--fit best"),
         (("quantize", "MODEL", "--out", "out", "--verify", "maybe"), 2, "--verify maybe"),
-        (("quantize", "MODEL", "--out", "out", "--for", "abacus"), 2, "choose from transformers, vllm"),
+        (("quantize", "MODEL", "--out", "out", "--for", "abacus"), 2, "choose from llama.cpp, transformers, vllm"),
         (("quantize", "MODEL", "--out", "out", "--device", "abacus"), 2, "--device abacus: not a device"),
         (("quantize", "MODEL", "--out", "out", "--device", "meta"), 2, "--device meta: not a device"),
         (("quantize", "MODEL", "--out", "out", "--device", "cuda:99"), 2, "no such GPU"),
@@ -178,6 +206,12 @@ def test_run_continues_a_prompt(pennyweight: Command, artefact: Path) -> None:
         (("inspect", "nowhere/at/all"), 1, "there is no such path"),
         (("verify", "nowhere/at/all"), 1, "does not exist"),
         (("verify", "MODEL", "--extent", "some"), 2, "--extent some"),
+        (("convert", "MODEL", "--out", "out"), 2, "--for"),
+        (("convert", "MODEL", "--out", "out", "--for", "abacus"), 2, "choose from"),
+        (("convert", "MODEL", "--out", "out", "--for", "vllm"), 1, "no codes that could be copied"),
+        (("convert", "MODEL", "--out", "MODEL", "--for", "vllm"), 2, "is not an empty directory"),
+        (("convert", "MODEL", "--out", "out", "--for", "vllm", "--verify", "maybe"), 2, "--verify maybe"),
+        (("convert", "nowhere/at/all", "--out", "out", "--for", "vllm"), 1, "there is no such path"),
         (("run", "MODEL"), 2, "--prompt"),
         (("run", "nowhere/at/all", "--prompt", "a"), 1, "there is no such path"),
         (("demo", "--out", "MODEL"), 2, "exists"),

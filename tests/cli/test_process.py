@@ -28,7 +28,9 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200)
 
 
-@pytest.mark.parametrize("command", [(), ("quantize",), ("evaluate",), ("verify",), ("inspect",), ("run",), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [(), ("quantize",), ("evaluate",), ("verify",), ("inspect",), ("run",), ("convert",), ("demo",)]
+)
 def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     code = f"""
 import sys

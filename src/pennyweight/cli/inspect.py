@@ -54,8 +54,10 @@ def _print(found: Inventory) -> None:
     for site in found.sites:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name), []).append(site)
     rows = [_row(name, sites) for name, sites in kinds.items()]
-    table(["sites", "count", "out x in", "weights", "std", "largest", "largest/std"], rows)
-    print(f"outside the sites, kept in float: {found.other_weights:,} weights (embeddings, norms)")
+    table(["sites", "count", "out x in", "weights", "stored as", "std", "largest", "largest/std"], rows)
+    print(f"outside the sites: {found.other_weights:,} weights (embeddings, norms)")
+    for name, scheme in found.other_codes.items():
+        print(f"  {name} is stored as {scheme}")
     for site in found.sites:
         if site.kind == "head":
             print(f"the output head, {site.name}, stays in float too unless it is given a scheme of its own (--at)")
@@ -69,4 +71,14 @@ def _row(name: str, sites: list[SiteFacts]) -> list[str]:
     std = sum(site.std for site in sites) / len(sites)
     largest = max(site.largest for site in sites)
     outlier = max(site.largest / site.std if site.std else 0.0 for site in sites)
-    return [name, str(len(sites)), ", ".join(shapes), f"{weights:,}", f"{std:.3g}", f"{largest:.3g}", f"{outlier:.1f}"]
+    kinds = ", ".join(dict.fromkeys(site.stored_as for site in sites))
+    return [
+        name,
+        str(len(sites)),
+        ", ".join(shapes),
+        f"{weights:,}",
+        kinds,
+        f"{std:.3g}",
+        f"{largest:.3g}",
+        f"{outlier:.1f}",
+    ]

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from pennyweight import __version__
-from pennyweight.cli import demo, evaluate, inspect, plan, quantize, run, verify
+from pennyweight.cli import convert, demo, evaluate, inspect, plan, quantize, run, verify
 from pennyweight.cli.console import say
 from pennyweight.core.memory import keep_freed_memory
 
@@ -72,6 +72,7 @@ for _name, _command in (
     ("quantize", quantize.quantize),
     ("evaluate", evaluate.evaluate),
     ("verify", verify.verify),
+    ("convert", convert.convert),
     ("run", run.run),
     ("demo", demo.demo),
 ):

@@ -13,13 +13,14 @@ def run(
     max_tokens: int = typer.Option(100, min=1, help="New tokens at most."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the most likely token each time."),
     seed: int = typer.Option(0, help="Of the sampling."),
-    device: str = typer.Option("auto", help="auto, cpu or cuda."),
+    device: str = typer.Option("auto", help="auto, cpu or cuda; llama.cpp takes the processor."),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Continue a prompt.
 
-    The model is run by transformers; the text is streamed.
+    The model is run by the runtime that it is made for: GGUF by llama.cpp, on the processor, and everything else by
+    transformers. The text is streamed.
     """
     from pennyweight.cli.console import device_of
     from pennyweight.evaluate.generate import generate

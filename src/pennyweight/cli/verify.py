@@ -10,15 +10,15 @@ from pennyweight.cli.console import put_json
 
 
 def verify(
-    artefact: str = typer.Argument(help="Directory that `quantize` wrote."),
+    artefact: str = typer.Argument(help="Directory that `quantize` or `convert` wrote."),
     extent: str = typer.Option("full", help="full: load the whole model and compare logits; blocks: weight by weight."),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Check that the runtime reads what was meant.
 
-    The files must be the ones that pennyweight.json lists; transformers opens them in a fresh process, and its results
-    are compared with those of our own decoding.
+    The files must be the ones that pennyweight.json lists. In a fresh process transformers opens them, or llama.cpp a
+    GGUF file, and what it computes is compared with our own decoding.
     """
     from pennyweight.core.errors import UsageError
     from pennyweight.evaluate.verify import verify as check

@@ -95,6 +95,16 @@ class Container(Protocol):
         """What an embedding or a head gets where all sites are given `scheme`; None: it stays in float."""
         return None
 
+    def equivalents(self, scheme: Scheme) -> Sequence[Scheme]:
+        """Schemes of the container that may hold the same numbers as a weight of `scheme`, the smallest first; their
+        scales are of the model's type where that is left open."""
+        return []
+
+    def load_types(self, facts: ModelFacts, *, runtime: str) -> Sequence[str]:
+        """Types in which `runtime` may be told to load the model, the best first: whatever is in float, and what it
+        decodes, is rounded to them. None: every tensor keeps its own."""
+        return ()
+
     @property
     def takes_embeddings(self) -> bool:
         """Whether an embedding can be quantized, and a head that shares its weight with it."""

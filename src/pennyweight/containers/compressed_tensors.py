@@ -23,13 +23,16 @@ from pennyweight.containers.compressed_tensors_floats import INTEGERS, layout_of
 from pennyweight.containers.compressed_tensors_rules import fused_sites, plan_refusal, site_refusal
 from pennyweight.containers.compressed_tensors_targets import patterns
 from pennyweight.core.errors import ContainerError
+from pennyweight.formats.integer import Int
 from pennyweight.kernels.packing import pack_int32, packed_words, unpack_int32
 from pennyweight.models.base import Site, TensorInfo
 from pennyweight.plan.plan import Plan
-from pennyweight.schemes import PerGroup, PerTensor, QuantizedWeight, Scheme
+from pennyweight.schemes import Granularity, PerGroup, PerTensor, QuantizedWeight, Scheme, ZeroSpec, parse_scheme
 
 # Older readers expect 3, 5, 6 and 7 bits with padding and decode a dense file to other numbers, without an error.
 MINIMUM_VERSION = "0.18"
+# Group sizes that every runtime of the container has.
+_EVERYWHERE = (128, 64, 32)
 _USAGE = """```python
 from transformers import {auto}
 model = {auto}.from_pretrained("path/to/this/directory")
@@ -60,6 +63,20 @@ class CompressedTensors(Container):
 
     def fused(self, sites: Sequence[Site], *, runtime: str) -> list[tuple[str, ...]]:
         return fused_sites(sites, runtime=runtime)
+
+    def equivalents(self, scheme: Scheme) -> Sequence[Scheme]:
+        own = [] if layout_of(scheme) is None else [scheme]
+        zeros = [None, ZeroSpec()] if scheme.zero is not None or scheme.offset is not None else [None]
+        shared: list[Granularity] = [scheme.granularity]
+        if isinstance(scheme.granularity, PerGroup):
+            size = scheme.granularity.size
+            shared += [PerGroup(finer) for finer in _EVERYWHERE if finer < size and size % finer == 0]
+        integers = [Scheme(Int(bits), one, zero=zero) for one in shared for bits in range(2, 9) for zero in zeros]
+        return [*own, parse_scheme("mxfp4"), *integers]
+
+    def load_types(self, facts: ModelFacts, *, runtime: str) -> Sequence[str]:
+        # vLLM's kernels for packed weights know no float32.
+        return (facts.dtype,) if runtime == "vllm" else tuple(dict.fromkeys((facts.dtype, "float32")))
 
     def entries(self, site: Site, scheme: Scheme) -> Mapping[str, TensorInfo]:
         """The tensors of `site` by full name, in the order in which they are written."""

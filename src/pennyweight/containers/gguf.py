@@ -85,6 +85,13 @@ class Gguf(Container):
     def stand_ins(self, scheme: Scheme, inputs: int) -> Sequence[Scheme]:
         return [parse_scheme(_STAND_INS[scheme.name])] if scheme.name in _STAND_INS else []
 
+    def equivalents(self, scheme: Scheme) -> Sequence[Scheme]:
+        from pennyweight.models.gguf.types import BLOCK_TYPES
+
+        plain = [kind.scheme for kind in BLOCK_TYPES.values() if kind.scheme.scale.parent is None]
+        plain.sort(key=lambda one: one.storage_bits((1, 256)))
+        return [scheme, *plain] if _block_type(scheme) else plain
+
     def scheme_of_ends(self, scheme: Scheme) -> Scheme | None:
         least = parse_scheme(_LEAST_OF_ENDS)
         return scheme if scheme.element.bits >= least.element.bits else least

@@ -82,12 +82,13 @@ def quantize(
         options, evidence = replace(options, budget=None, keep=(), at=(), plan=chosen.entries), chosen.evidence
     return run(
         str(model), out, options, finish=Recovery.of(options, tell_step),
-        verify=partial(_proved, runtime=runtime, extent=verification, trust_remote_code=trust_remote_code),
+        verify=partial(proved, runtime=runtime, extent=verification, trust_remote_code=trust_remote_code),
         tell=tell, tell_cost=tell_cost, evidence=evidence, hashes=hashes,
     )  # fmt: skip
 
 
-def _proved(directory: Path, *, runtime: str, extent: Extent, trust_remote_code: bool) -> dict[str, Any]:
+def proved(directory: Path, *, runtime: str, extent: Extent, trust_remote_code: bool) -> dict[str, Any]:
+    """What its runtime makes of an artefact; see verify."""
     if runtime != "vllm" or extent == "none":
         return verify(directory, extent=extent, trust_remote_code=trust_remote_code)
     # What another runtime takes transformers may refuse to load, or load wrongly.

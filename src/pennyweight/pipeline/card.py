@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pennyweight.pipeline.records import Recipe
+from pennyweight.pipeline.records import COPIED, Recipe
 from pennyweight.plan.plan import Plan
 
 _CARD = """# {name}, quantized
 
-Weights of {sites} linear maps stored as {scheme}, chosen by `{solver}` ({data}); {kept} kept in float. Made by \
-Pennyweight.
+Weights of {sites} linear maps stored as {scheme}, {how}; {kept} kept in float. Made by Pennyweight.
 
 {usage}What each layer lost, what was kept in float and why, hashes and verification: `pennyweight.json`{notes}.
 """
+_OURS, _REST = "quantized_by: pennyweight", "\n---\n\n"
 
 
 def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: int, usage: str) -> str:
@@ -21,24 +21,32 @@ def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: in
     original = source / "README.md"
     body = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
     front, body = _front_matter(body.replace("\r\n", "\n"))
+    if _OURS in front:
+        # Of a card of ours only what it kept of the original's goes on.
+        body = body.partition(_REST)[2]
     card = _CARD.format(
         name=name,
         sites=len(plan.schemes),
         scheme=_schemes(plan),
-        solver=recipe.solver,
-        data=_data(recipe),
+        how=_how(recipe),
         kept=len(plan.kept),
         usage=usage,
         notes=f" ({notes} layers carry notes)" if notes else "",
     )
     if recipe.runtime == "vllm":
         card += "Not verified in vLLM.\n"
-    return _with_ours(front, name) + card + (f"\n---\n\n{body}" if body.strip() else "")
+    return _with_ours(front, name) + card + (f"{_REST}{body}" if body.strip() else "")
 
 
 def _schemes(plan: Plan) -> str:
     names = [f"`{name}`" for name in dict.fromkeys(scheme.name for scheme in plan.schemes.values())]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _how(recipe: Recipe) -> str:
+    if recipe.solver == COPIED:
+        return "copied code by code from another container"
+    return f"chosen by `{recipe.solver}` ({_data(recipe)})"
 
 
 def _data(recipe: Recipe) -> str:

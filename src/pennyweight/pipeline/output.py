@@ -197,11 +197,26 @@ def config_text(
             part.pop("quantization_config", None)
             part.pop("compression_config", None)
     config.update(changes)
+    if _said_type(config) != dtype:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part.pop("torch_dtype", None)
+                part.pop("dtype", None)
     if not any(config.get(key) for key in ("dtype", "torch_dtype")):
         config["dtype"] = dtype
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _said_type(config: Mapping[str, Any]) -> str | None:
+    """In which type a runtime that goes by config.json loads the model."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key):
+                return str(part[key]).removeprefix("torch.")
+    return None
 
 
 def carry(model: Path, files: Sequence[Path], directory: Path) -> None:

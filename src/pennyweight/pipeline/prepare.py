@@ -85,7 +85,15 @@ def drafted(model: str, options: Options, container: Container | None, hashes: H
 def _input_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
-    return sorted({*path.glob("*.safetensors"), *path.glob("*.json"), *path.glob("*.py"), *carried_files(path)})
+    return sorted(
+        {
+            *path.glob("*.safetensors"),
+            *path.glob("*.gguf"),
+            *path.glob("*.json"),
+            *path.glob("*.py"),
+            *carried_files(path),
+        }
+    )
 
 
 def _facts(model: StreamedModel) -> ModelFacts:

@@ -75,6 +75,9 @@ class BlockDone:
 
 Tell = Callable[[BlockDone], None]
 
+# What a recipe says in place of a solver where codes were copied from another artefact.
+COPIED = "copied"
+
 
 @dataclass
 class RunReport:

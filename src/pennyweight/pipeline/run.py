@@ -42,6 +42,8 @@ from pennyweight.pipeline.rows import solve_without_data
 __all__ = ["Finish", "container_for", "quantize"]
 
 Verify = Callable[[Path], dict[str, Any]]
+# Fills the weight files; a second call after a crash gets the journal that the first one kept.
+Write = Callable[[Output, Path, Journal], list[SiteRecord]]
 
 
 class Finish(Protocol):
@@ -96,13 +98,27 @@ def quantize(
     job = prepare(model, options, container, hashes, tell=tell_cost)
     if finish is not None:
         job = replace(job, recipe=replace(job.recipe, finish=finish.name))
+
+    def write(output: Output, directory: Path, journal: Journal) -> list[SiteRecord]:
+        records = _write_weights(job, output, directory, journal, tell)
+        if finish is not None:
+            _finish(job, output, directory, journal, finish)
+        return records
+
+    found = {"budget": evidence} if evidence else {}
+    return produce(job, target, write, verify=verify, started=started, found=found)
+
+
+def produce(
+    job: Job, target: Path, write: Write, *, verify: Verify | None, started: float, found: Mapping[str, Any]
+) -> RunReport:
+    """The artefact of `job` at `target`, or nothing there: `write` fills its weight files, `verify` proves them.
+    `found` goes into the record; `started`: time.perf_counter() when it all began."""
     directory = work_directory(target, job.recipe, {**versions(), **arithmetic(job)})
     with _unfinished(directory), _room(target.parent):
         directory.mkdir(exist_ok=True)
         with only_writer(directory):
-            report = _make(
-                job, target, directory, finish=finish, verify=verify, tell=tell, started=started, evidence=evidence
-            )
+            report = _make(job, target, directory, write, verify=verify, started=started, found=found)
             sync_files(directory)
             _publish(directory, target)
     sync_directory(target.parent)
@@ -164,16 +180,14 @@ def _room(parent: Path) -> Iterator[None]:
         raise SpaceError(error.errno, f"{parent}: no space is left for the output: make room there") from error
 
 
-def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, verify: Verify | None, tell: Tell,
-          started: float, evidence: Mapping[str, Any]) -> RunReport:  # fmt: skip
+def _make(job: Job, target: Path, directory: Path, write: Write, *, verify: Verify | None, started: float,
+          found: Mapping[str, Any]) -> RunReport:  # fmt: skip
     """Fill the work directory: weights, what travels with them, the records."""
     with _opened(job, target, directory) as files:
         journal = Journal.open(directory)
         resumed = journal.blocks
         output = Output(files, job.container, job.plan, job.model.checkpoint)
-        records = _write_weights(job, output, directory, journal, tell)
-        if finish is not None:
-            _finish(job, output, directory, journal, finish)
+        records = write(output, directory, journal)
         hashes = files.sha256()
     write_sidecars(job, directory, records)
     report = run_report(job, target, records)
@@ -186,7 +200,7 @@ def _make(job: Job, target: Path, directory: Path, *, finish: Finish | None, ver
     verification = verify(directory) if verify else {"verified": "none"}
     report.verified, report.verification = str(verification["verified"]), verification
     outputs = {name: hashes.get(name) or sha256(directory / name) for name in recorded_files(directory)}
-    found = {**journal.found, **({"budget": evidence} if evidence else {})}
+    found = {**journal.found, **found}
     write_text(directory / "run.json", to_json(_measured(report)))
     # Should all notes be longer than anybody foresaw, a size that was promised comes first.
     for notes in (records, [replace(record, notes=record.notes and (_NO_ROOM,)) for record in records]):

@@ -4,6 +4,7 @@ from pennyweight.schemes.fit import fit_scales
 from pennyweight.schemes.names import parse_scheme
 from pennyweight.schemes.parameters import Decoded, Parameters
 from pennyweight.schemes.quantized import QuantizedWeight
+from pennyweight.schemes.reexpress import reexpressed
 from pennyweight.schemes.scheme import Scheme
 from pennyweight.schemes.storage import (
     Granularity,
@@ -27,4 +28,5 @@ __all__ = [
     "ZeroSpec",
     "fit_scales",
     "parse_scheme",
+    "reexpressed",
 ]

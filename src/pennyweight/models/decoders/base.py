@@ -12,17 +12,32 @@ from torch import Tensor
 from pennyweight.core.errors import CheckpointError
 from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models.base import Checkpoint, TensorInfo
+from pennyweight.schemes import QuantizedWeight, Scheme
 
 # Rows decoded at a time by one thread: the float32 temporaries stay a few megabytes.
 CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
+class Coded:
+    """A weight as it is stored: its scheme, and what reads its codes."""
+
+    scheme: Scheme
+    read: Callable[[], QuantizedWeight]
+
+
+def _no_codes() -> None:
+    return None
+
+
+@dataclass(frozen=True)
 class Virtual:
-    """A tensor that is decoded when it is read; `read` gives rows `part` of its first axis, all for None."""
+    """A tensor that is decoded when it is read; `read` gives rows `part` of its first axis, all for None; `coded` how
+    it is stored, None where that is no scheme."""
 
     info: TensorInfo
     read: Callable[[slice | None], Tensor]
+    coded: Callable[[], Coded | None] = _no_codes
 
 
 @dataclass(frozen=True)

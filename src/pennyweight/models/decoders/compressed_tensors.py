@@ -28,7 +28,7 @@ from pennyweight.formats import number_format
 from pennyweight.kernels.packing import packed_words, unpack_int32
 from pennyweight.models.base import Checkpoint, TensorInfo
 from pennyweight.models.checkpoint import row_range
-from pennyweight.models.decoders.base import Decoder, Decoding, Virtual, companions, component, expect, suffixed
+from pennyweight.models.decoders.base import Coded, Decoder, Decoding, Virtual, companions, component, expect, suffixed
 from pennyweight.models.decoders.compressed_tensors_floats import FORMATS, float_bases, float_linear
 from pennyweight.models.decoders.compressed_tensors_floats import PARTS as FLOAT_PARTS
 from pennyweight.schemes import (
@@ -58,19 +58,26 @@ class _Linear:
 
     def read(self, part: slice | None) -> Tensor:
         first, last = row_range(self.base, self.info.shape, part or slice(None))
-        rows = slice(first, last)
+        order = self._order()
+        found = self._weight(slice(first, last), order).dequantize(self.info.dtype)
+        return found if order is None else found[:, order.argsort()]
+
+    def coded(self) -> Coded | None:
+        """None where the inputs of a group do not lie together."""
+        whole = slice(0, self.info.shape[0])
+        return Coded(self.scheme, lambda: self._weight(whole, None)) if self._order() is None else None
+
+    def _weight(self, rows: slice, order: Tensor | None) -> QuantizedWeight:
         inputs = self.info.shape[1]
         packed = self.checkpoint.read(f"{self.base}.weight_packed", rows)
         codes = unpack_int32(packed, self.scheme.element.bits, inputs)
         shared = isinstance(self.scheme.granularity, PerTensor)
         scales = self.checkpoint.read(f"{self.base}.weight_scale", None if shared else rows)
         zeros = None if self.scheme.zero is None else self._zeros(rows)
-        order = self._order()
         if order is not None:
             codes = codes[:, order]
-        scales = scales.reshape(self.scheme.scale_shape((last - first, inputs)))
-        found = QuantizedWeight(codes, scales, zeros, self.scheme).dequantize(self.info.dtype)
-        return found if order is None else found[:, order.argsort()]
+        scales = scales.reshape(self.scheme.scale_shape((rows.stop - rows.start, inputs)))
+        return QuantizedWeight(codes, scales, zeros, self.scheme)
 
     def _zeros(self, rows: slice) -> Tensor:
         """int16 [rows, groups], values of the number format."""
@@ -118,7 +125,7 @@ class CompressedTensors:
         for base in floats:
             _check_ignored(checkpoint, base, ignore)
             number = float_linear(checkpoint, base, dtype)
-            tensors[f"{base}.weight"] = Virtual(number.info, number.read)
+            tensors[f"{base}.weight"] = Virtual(number.info, number.read, number.coded)
             consumed |= companions(checkpoint, base, FLOAT_PARTS + _UNUSED)
             schemes.add(number.element)
         for base in suffixed(checkpoint, ".weight_packed"):
@@ -126,7 +133,7 @@ class CompressedTensors:
                 continue
             _check_ignored(checkpoint, base, ignore)
             linear = _linear(checkpoint, base, groups, dtype)
-            tensors[f"{base}.weight"] = Virtual(linear.info, linear.read)
+            tensors[f"{base}.weight"] = Virtual(linear.info, linear.read, linear.coded)
             consumed |= companions(checkpoint, base, _PARTS + _UNUSED)
             schemes.add(linear.scheme.element.name)
         names = " and ".join(sorted(schemes))

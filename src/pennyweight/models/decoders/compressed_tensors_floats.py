@@ -21,11 +21,14 @@ from pennyweight.core.errors import CheckpointError
 from pennyweight.formats import number_format
 from pennyweight.models.base import Checkpoint, TensorInfo
 from pennyweight.models.checkpoint import row_range
-from pennyweight.models.decoders.base import by_rows, component, expect
+from pennyweight.models.decoders.base import Coded, by_rows, component, expect
+from pennyweight.schemes import Granularity, PerChannel, PerGroup, PerTensor, QuantizedWeight, Scheme, parse_scheme
 
 FORMATS = ("float-quantized", "mxfp8-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
 PARTS = (".weight", ".weight_packed", ".weight_scale", ".weight_global_scale")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# The layouts whose scales are small floats themselves, by the number format of the weights.
+_CODED_SCALES = {"fp8_e4m3": "mxfp8", "fp4_e2m1": "mxfp4"}
 _FP8 = torch.float8_e4m3fn
 
 
@@ -55,6 +58,34 @@ class FloatLinear:
             return (decoded * own[..., None]).flatten(1).to(self.product).to(self.info.dtype)
 
         return by_rows((last - first, self.info.shape[1]), self.info.dtype, rows)
+
+    def coded(self) -> Coded:
+        return Coded(self._scheme, self._weight)
+
+    @property
+    def _scheme(self) -> Scheme:
+        stored = self.checkpoint.tensors[f"{self.base}.weight_scale"]
+        if f"{self.base}.weight_global_scale" in self.checkpoint.tensors:
+            return parse_scheme("nvfp4")
+        if stored.dtype == torch.uint8:
+            return parse_scheme(_CODED_SCALES[self.element])
+        shared: Granularity = PerChannel()
+        if stored.shape in ((), (1,)):
+            shared = PerTensor()
+        elif len(stored.shape) == 2 and stored.shape[1] > 1:
+            shared = PerGroup(self.info.shape[1] // stored.shape[1])
+        return Scheme(number_format(self.element), shared).with_scale_dtype(stored.dtype)
+
+    def _weight(self) -> QuantizedWeight:
+        scheme, parents = self._scheme, None
+        scales = self.checkpoint.read(f"{self.base}.weight_scale")
+        if scheme.scale.parent is not None:
+            parents = self.checkpoint.read(f"{self.base}.weight_global_scale").reciprocal().reshape(1, 1)
+        scales = scales if scheme.scale.element is None else scales.view(torch.uint8)
+        codes = self._codes(slice(0, self.info.shape[0]))
+        return QuantizedWeight(
+            codes, scales.reshape(scheme.scale_shape(self.info.shape)), None, scheme, parents=parents
+        )
 
     def _codes(self, rows: slice) -> Tensor:
         if self.element == "fp8_e4m3":

@@ -15,12 +15,14 @@ from pennyweight.core.errors import CheckpointError, ModelError
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.checkpoint import row_range
 from pennyweight.models.config_json import read_config_json
+from pennyweight.models.decoders.base import Coded
 from pennyweight.models.gguf.families import expert_count, family_of, hyperparameters
 from pennyweight.models.gguf.file import GgufFile, GgufTensor, read_gguf
 from pennyweight.models.gguf.places import placed
 from pennyweight.models.gguf.stored import Stored
 from pennyweight.models.gguf.types import BLOCK_TYPES, FLOAT_TYPES, BlockType, FloatType
 from pennyweight.models.skeleton import build, read_config
+from pennyweight.schemes import QuantizedWeight
 
 _TYPES: dict[int, BlockType | FloatType] = {
     kind.number: kind for kinds in (BLOCK_TYPES, FLOAT_TYPES) for kind in kinds.values()
@@ -64,6 +66,23 @@ class GgufCheckpoint:
         found = place.invert(stored).to(self.tensors[name].dtype)
         return found if place.heads is None else found[first:last]
 
+    def coded(self, name: str) -> Coded | None:
+        """How the tensor `name` is stored where it is in blocks: its rows in the order of the checkpoint."""
+        place, tensor = self.places[name]
+        kind = _TYPES[tensor.type_number]
+        if isinstance(kind, FloatType):
+            return None
+
+        def read() -> QuantizedWeight:
+            rows, width = self.tensors[name].shape
+            each = width // kind.weights * kind.size_bytes
+            before = (place.expert or 0) * rows * each
+            weight = kind.unpack(tensor.read(before, before + rows * each).reshape(rows, each), width)
+            order = place.row_order(rows)
+            return weight if order is None else weight.rows(order.argsort())
+
+        return Coded(kind.scheme, read)
+
 
 def decoded_rows(tensor: GgufTensor, rows: slice) -> Tensor:
     """`rows` of a tensor, all axes but the last counted as one, as they lie in the file; blocks as float32."""
@@ -81,7 +100,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     Raises ModelError where there is no such file or several, and CheckpointError where it is damaged or does not hold
     what the config asks for.
     """
-    file = read_gguf(_first_file(path))
+    file = read_gguf(gguf_file(path))
     config = read_config_json(path)
     family, hyper = family_of(config), hyperparameters(config)
     named = _names(build(read_config(path)), expert_count(hyper), is_mixtral=config.get("model_type") == "mixtral")
@@ -105,7 +124,8 @@ def _dtype(tensor: GgufTensor) -> torch.dtype:
     return kind.dtype if isinstance(kind, FloatType) else torch.float32
 
 
-def _first_file(path: Path) -> Path:
+def gguf_file(path: Path) -> Path:
+    """The GGUF file in the directory `path`, or the first of its parts; raises ModelError for none or several."""
     files = sorted(path.glob("*.gguf"))
     first = [file for file in files if "-of-" not in file.stem or file.stem.split("-of-")[0].endswith("-00001")]
     if len(first) != 1:
