@@ -54,7 +54,8 @@ FLOATS = [
     "int4-g16-fzero-bf16", "fp4_e2m1-g16-e8m0", "bal2-channel-f32", "ternary-g16-f16", "fp8_e5m2-channel-f16",
 ]  # fmt: skip
 BLOCKS = [kind.scheme for kind in BLOCK_TYPES.values()]
-schemes = st.one_of(integers, st.sampled_from(FLOATS).map(parse_scheme), st.sampled_from(BLOCKS))
+others = st.one_of(integers, st.sampled_from(FLOATS).map(parse_scheme))
+schemes = st.one_of(others, st.sampled_from(BLOCKS))
 shapes = st.tuples(st.integers(1, 70), st.one_of(st.integers(1, 70), st.sampled_from([128, 256])))
 shapes_of_blocks = st.tuples(st.sampled_from([2, 4, 16]), st.sampled_from([32, 256, 512]))
 
@@ -70,7 +71,7 @@ def likely(container: Container) -> st.SearchStrategy[tuple[Scheme, Site]]:
     """Schemes and sites of which `container` takes many together."""
     if container.name == "gguf":
         return st.tuples(st.sampled_from(BLOCKS), st.builds(site_of, shapes_of_blocks))
-    return st.tuples(schemes, sites)
+    return st.tuples(others, sites)
 
 
 def random_weight(scheme: Scheme, shape: tuple[int, int], seed: int) -> QuantizedWeight:
