@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,7 +62,14 @@ def planned(
 
     A budget of loss is kept by trial: plans are made in full in directories below `scratch` that go away, and judged.
     """
-    draft = drafted(model, options, None)
+    with tempfile.TemporaryDirectory(prefix="pennyweight-source-") as described:
+        draft = drafted(model, options, None, scratch=Path(described))
+        return _planned(model, draft, options, scratch=scratch, tell=tell, tell_trial=tell_trial)
+
+
+def _planned(
+    model: str, draft: Draft, options: Options, *, scratch: Path | None, tell: CostTell, tell_trial: TellTrial
+) -> Planned:
     problem = problem_of(draft, Measuring(draft, tell))
     if options.budget is None:
         return Planned(draft, problem, None, None)

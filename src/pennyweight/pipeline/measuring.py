@@ -29,9 +29,10 @@ class Measuring:
     tell: Tell = tell_nobody
 
     def __call__(self, groups: Sequence[Candidates]) -> list[list[float]]:
-        windows = some_windows(self.draft.model, self.draft.options, self.draft.windows)
+        model = self.draft.streamed
+        windows = some_windows(model, self.draft.options, self.draft.windows)
         batches = text.batches(windows[:_WINDOWS])
-        embedding = self.draft.model.embedding
+        embedding = model.embedding
         first = [group for group in groups if embedding is not None and embedding.name in group.sites]
         rest = [group for group in groups if group not in first]
         measured: list[list[float]] = []
@@ -39,7 +40,7 @@ class Measuring:
             with tempfile.TemporaryDirectory(prefix="pennyweight-costs-") as directory:
                 measured += cached_costs(
                     cost,
-                    self.draft.model,
+                    model,
                     batches,
                     some,
                     inputs=self.draft.inputs,
