@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pennyweight.evaluate.proved import quantize
     from pennyweight.evaluate.verify import verify
+    from pennyweight.pipeline.imatrix import imatrix
 
-__all__ = ["__version__", "quantize", "verify"]
+__all__ = ["__version__", "imatrix", "quantize", "verify"]
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _LAZY = {
+    "imatrix": "pennyweight.pipeline.imatrix",
     "quantize": "pennyweight.evaluate.proved",
     "verify": "pennyweight.evaluate.verify",
 }

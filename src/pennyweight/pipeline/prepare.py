@@ -71,11 +71,11 @@ def drafted(
         source = open_source(path, options, container, scratch)
         options, opened = source.options, source.model
         windows = None
+        if options.rotate and source.gguf is not None:
+            raise UsageError(f"{path}: --rotate rewrites all weights, and a GGUF file stays what it is: leave it out")
         if isinstance(opened, StreamedModel):
             opened = _rotated(opened, options)
             windows = calibration_windows(opened, options)
-        elif options.rotate:
-            raise UsageError(f"{path}: --rotate needs a model that transformers can run: leave it out")
         inputs = {name: hashes.of(file) for name, file in files.items()}
     finally:
         hashes.close()
