@@ -79,7 +79,7 @@ def _made(model: str, out: Path, options: Options, scratch: Path, *, legacy: boo
     source = open_source(resolve(model, trust_remote_code=options.trust_remote_code), options, container, scratch)
     opened = source.model
     if not isinstance(opened, StreamedModel):
-        raise ModelError(f"{model}: {source.notes[0]}: use llama-imatrix, which runs it")
+        raise ModelError(f"{model}: {source.why_blind}: use llama-imatrix, which runs it")
     container = container.bound(facts_of(source))
     windows = calibration_windows(opened, options)
     assert windows is not None

@@ -48,11 +48,21 @@ class Draft:
     notes: tuple[str, ...] = ()
 
     @property
+    def is_run(self) -> bool:
+        """The model is one that can be run here."""
+        return isinstance(self.model, StreamedModel)
+
+    @property
     def streamed(self) -> StreamedModel:
         """The model, where it can be run; raises UsageError."""
         if not isinstance(self.model, StreamedModel):
-            raise UsageError(f"{self.model.path}: {self.notes[0]}: this needs a model that can be run")
+            raise UsageError(f"{self.model.path}: this needs a model that is run by transformers: give --calibration")
         return self.model
+
+    @property
+    def blind(self) -> Chain:
+        """How the codes of what is not calibrated are chosen."""
+        return Chain(solver=Nearest(self.options.fit), fit=self.options.fit)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -142,8 +152,3 @@ class Job(Draft):
     def embedding(self) -> Site | None:
         """The embedding, where it has a scheme."""
         return next((site for site in self.quantized if site.kind == "embedding"), None)
-
-    @property
-    def blind(self) -> Chain:
-        """How the codes of what is not calibrated are chosen."""
-        return Chain(solver=Nearest(self.options.fit), fit=self.options.fit)

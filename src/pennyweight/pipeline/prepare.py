@@ -17,7 +17,7 @@ from pennyweight.pipeline.costs.base import Tell as CostTell
 from pennyweight.pipeline.costs.base import tell_nobody
 from pennyweight.pipeline.importance import known_statistics
 from pennyweight.pipeline.job import Draft, Job
-from pennyweight.pipeline.measuring import Measuring
+from pennyweight.pipeline.measuring import measuring
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import carried_files
 from pennyweight.pipeline.planning import given, problem_of, uniform, within
@@ -120,7 +120,7 @@ def _plan(draft: Draft, tell: CostTell) -> Plan:
     if options.plan is not None:
         plan = given(draft, options.plan)
     elif options.budget is not None:
-        plan = within(draft, problem_of(draft, Measuring(draft, tell)), options.budget)
+        plan = within(draft, problem_of(draft, measuring(draft, tell)), options.budget)
     else:
         plan = uniform(draft)
     plan = Plan(plan.schemes, {**plan.kept, **draft.model.refused}, plan.changed)

@@ -23,15 +23,17 @@ _SCALE_TYPES = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True)
 class Source:
-    """options   what was asked for, but for what the model does not allow and nobody asked for by name
-    gguf      where the weights come from a GGUF file
-    notes     why something is not done that usually is
+    """options      what was asked for, but for what the model does not allow and nobody asked for by name
+    gguf         where the weights come from a GGUF file
+    notes        why something is not done that usually is
+    why_blind    why the model is not one that is run
     """
 
     model: StoredModel
     options: Options
     gguf: GgufCheckpoint | None = None
     notes: tuple[str, ...] = ()
+    why_blind: str = ""
 
 
 def open_source(path: Path, options: Options, container: Container, scratch: Path | None) -> Source:
@@ -49,6 +51,7 @@ def open_source(path: Path, options: Options, container: Container, scratch: Pat
 
     file = read_gguf(first)
     notes: tuple[str, ...] = ()
+    why_blind = "no calibration text was asked for"
     stays_gguf = "llama.cpp" in container.runtimes
     if options.calibration_source is not None or not stays_gguf:
         try:
@@ -59,26 +62,31 @@ def open_source(path: Path, options: Options, container: Container, scratch: Pat
         except (ModelError, ContainerError) as error:
             if not stays_gguf:
                 raise UsageError(f"{path}: transformers cannot run it ({error}): give --for llama.cpp") from error
-            options, notes = _blind(first, options, error)
+            why_blind = f"transformers cannot run the model: {str(error).rstrip('.')}"
+            options, notes = _blind(first, options, why_blind), (f"no calibration data was used: {why_blind}",)
     alone = open_model(path, file, device=options.device)
-    return Source(alone, options, alone.checkpoint, notes)
+    if options.budget is not None:
+        notes += ("the plan is chosen by the share of each output that is lost: the model was not run",)
+    return Source(alone, options, alone.checkpoint, notes, why_blind)
 
 
-def _blind(file: Path, options: Options, error: Exception) -> tuple[Options, tuple[str, ...]]:
+def _blind(file: Path, options: Options, reason: str) -> Options:
     """The options without data, for a model that cannot be run; raises ModelError where data was asked for."""
     blind = replace(options, calibration=NONE)
     try:
         if options.calibration is not None:
-            raise UsageError(f"--calibration {options.calibration}")
-        if options.budget is not None:
+            given = options.calibration
+            raise UsageError(f"--calibration {given if isinstance(given, str) else 'texts'}")
+        if options.budget is not None and options.budget.is_of_loss:
             raise UsageError(f"{options.budget}")
         blind.check()
-    except UsageError as asked:
+    except UsageError as error:
+        asked = str(error).split(":")[0]
         raise ModelError(
-            f"{file}: {asked}: that needs the model to be run, and transformers cannot: {error} "
-            "Leave it out, or give --importance FILE, a matrix that llama-imatrix made."
+            f"{file}: {asked}; {reason}. Leave out what needs data, or give --importance FILE, a matrix that "
+            "llama-imatrix made."
         ) from error
-    return blind, (f"no calibration data was used: transformers cannot run the model: {error}",)
+    return blind
 
 
 def facts_of(source: Source) -> ModelFacts:

@@ -62,7 +62,7 @@ def _described(file: GgufFile, scratch: Path) -> Path:
             kind.from_pretrained(first.parent, gguf_file=first.name, local_files_only=True).save_pretrained(directory)
     except Exception as error:
         # Its reader of GGUF meets unknown architectures and odd metadata with exceptions of every kind.
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         raise ModelError(f"it does not read {architecture_of(file)!r} from GGUF: {reason}") from error
     for part in file.files:
         (directory / part.name).symlink_to(part.absolute())
