@@ -22,6 +22,7 @@ from pennyweight.models.gguf.file import read_gguf
 from pennyweight.models.gguf.imatrix import Importance, write_imatrix
 from pennyweight.models.gguf.layout import split_layout
 from pennyweight.models.gguf.types import BLOCK_TYPES
+from pennyweight.pipeline.imatrix import imatrix
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.records import BlockDone
 from pennyweight.pipeline.run import quantize
@@ -98,6 +99,13 @@ def test_a_plan_says_what_each_tensor_and_all_experts_of_a_layer_become(tmp_path
     with pytest.raises(ContainerError, match="GGUF holds all experts of a layer as one type"):
         quantize(str(source), tmp_path / "no", replace(BLIND, at=("blk.0.ffn_down_exps.1=q8_0",)))
     assert tiny.traces(tmp_path, "no") == []
+
+
+def test_experts_that_are_kept_stay_in_their_order(tmp_path: Path) -> None:
+    source = odd_model(tmp_path / "odd.gguf")
+    quantize(str(source), tmp_path / "out", replace(BLIND, keep=("blk.0.ffn_down_exps.*",)))
+    name = "blk.0.ffn_down_exps.weight"
+    assert bytes(_tensors(tmp_path / "out" / "model.gguf")[name].data) == bytes(_tensors(source)[name].data)
 
 
 def test_a_split_file_gives_the_same_as_the_whole(tmp_path: Path) -> None:
@@ -301,10 +309,22 @@ def test_a_tiny_model_is_what_its_file_says(tmp_path: Path) -> None:
                       length=24)  # fmt: skip
     quantize(str(file), tmp_path / "from-file", options)
     quantize(str(again), tmp_path / "from-model", options)
-    one, other = (_tensors(tmp_path / name / "model.gguf") for name in ("from-file", "from-model"))
-    assert {name: bytes(tensor.data) for name, tensor in one.items()} == {
-        name: bytes(tensor.data) for name, tensor in other.items()
-    }
+    assert _data(tmp_path / "from-file") == _data(tmp_path / "from-model")
+
+
+def test_importances_mean_the_same_for_a_model_and_its_file(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    file = tiny_file(tmp_path, model)
+    again = _as_model(model, file, tmp_path / "again")
+    imatrix(again, tmp_path / "m", calibration=(tiny.words(),), samples=4, length=24)
+    options = Options(scheme="q4_0", runtime="llama.cpp", importance=str(tmp_path / "m"))
+    assert not quantize(str(file), tmp_path / "from-file", options).fallbacks
+    assert not quantize(str(again), tmp_path / "from-model", options).fallbacks
+    assert _data(tmp_path / "from-file") == _data(tmp_path / "from-model")
+
+
+def _data(out: Path) -> dict[str, bytes]:
+    return {name: bytes(tensor.data) for name, tensor in _tensors(out / "model.gguf").items()}
 
 
 NAMES = {
