@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from pennyweight.evaluate.converted import convert
     from pennyweight.evaluate.proved import quantize
     from pennyweight.evaluate.verify import verify
+    from pennyweight.pipeline.imatrix import imatrix
 
-__all__ = ["__version__", "convert", "quantize", "verify"]
+__all__ = ["__version__", "convert", "imatrix", "quantize", "verify"]
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _LAZY = {
     "convert": "pennyweight.evaluate.converted",
+    "imatrix": "pennyweight.pipeline.imatrix",
     "quantize": "pennyweight.evaluate.proved",
     "verify": "pennyweight.evaluate.verify",
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,24 +13,33 @@ import typer
 from pennyweight.cli.console import Bar, mebibytes, put_json, table
 
 if TYPE_CHECKING:
+    from pennyweight.evaluate.gguf_inventory import GgufInventory, TensorFacts
     from pennyweight.evaluate.inventory import Inventory, SiteFacts
 
 
 def inspect(
-    model: str | None = typer.Argument(None, help="Model directory or Hub id."),
+    model: str | None = typer.Argument(None, help="Model directory, Hub id or GGUF file."),
     cpu: bool = typer.Option(False, "--cpu", help="Print what this machine's processor offers, and nothing else."),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Sites, shapes, sizes and outliers of a model."""
     from pennyweight.core.errors import UsageError
+    from pennyweight.evaluate.gguf_inventory import gguf_inventory
     from pennyweight.evaluate.inventory import inventory
+    from pennyweight.models.gguf_files import gguf_of
 
     if cpu:
         _print_cpu(as_json=as_json)
         return
     if model is None:
         raise UsageError("name a model: pennyweight inspect MODEL")
+    path = Path(model)
+    first = None if (path / "config.json").is_file() else gguf_of(path)
+    if first is not None:
+        file = gguf_inventory(first)
+        put_json(asdict(file)) if as_json else _print_file(file)
+        return
     found = inventory(model, trust_remote_code=trust_remote_code, tell=Bar("weights").show)
     put_json(asdict(found)) if as_json else _print(found)
 
@@ -63,6 +74,26 @@ def _print(found: Inventory) -> None:
             print(f"the output head, {site.name}, stays in float too unless it is given a scheme of its own (--at)")
     for name, reason in found.refused.items():
         print(f"  not a site: {name}: {reason}")
+
+
+def _print_file(found: GgufInventory) -> None:
+    parts = f" in {len(found.files)} files" if len(found.files) > 1 else ""
+    size = mebibytes(found.size_bytes)
+    kind = found.architecture or "no model"
+    print(f"{found.files[0]}: {kind}, {found.weights:,} weights, {size}{parts}, {len(found.fields)} fields")
+    kinds: dict[tuple[str, str, str], list[TensorFacts]] = {}
+    for one in found.tensors:
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", one.name)
+        kinds.setdefault((name, one.type, " x ".join(map(str, one.shape))), []).append(one)
+    rows = [
+        [name, str(len(some)), shape, kind, mebibytes(sum(one.size_bytes for one in some))]
+        for (name, kind, shape), some in kinds.items()
+    ]
+    table(["tensors", "count", "shape", "type", "size"], rows)
+    types = Counter({one.type: 0 for one in found.tensors})
+    for one in found.tensors:
+        types[one.type] += one.size_bytes
+    print(", ".join(f"{kind} {mebibytes(size)}" for kind, size in types.most_common()))
 
 
 def _row(name: str, sites: list[SiteFacts]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from pennyweight import __version__
-from pennyweight.cli import convert, demo, evaluate, inspect, plan, quantize, run, verify
+from pennyweight.cli import convert, demo, evaluate, imatrix, inspect, plan, quantize, run, verify
 from pennyweight.cli.console import say
 from pennyweight.core.memory import keep_freed_memory
 
@@ -70,6 +70,7 @@ for _name, _command in (
     ("inspect", inspect.inspect),
     ("plan", plan.plan),
     ("quantize", quantize.quantize),
+    ("imatrix", imatrix.imatrix),
     ("evaluate", evaluate.evaluate),
     ("verify", verify.verify),
     ("convert", convert.convert),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="Model directory or Hugging Face Hub id.")]
+Model = Annotated[str, typer.Argument(help="Model directory, Hugging Face Hub id, or GGUF file.")]
 Runtime = Annotated[str, typer.Option("--for", help="What will read the result: transformers, vllm or llama.cpp.")]
 Effort = Annotated[
     str, typer.Option(help="fast, normal or best: what the run may cost, and so which of the next steps it takes.")

@@ -55,6 +55,10 @@ _Staged = Annotated[
 _Plan = Annotated[
     str | None, typer.Option(help="Plan file: the scheme of each weight, chosen before; or Q4_K_M... for llama.cpp.")
 ]
+_Importance = Annotated[
+    str | None,
+    typer.Option(help="Importance matrix of llama.cpp, in place of calibration.  [needs --for llama.cpp]"),
+]
 _Refine = Annotated[
     str | None, typer.Option(help="How those of a block are refined together: signed-gradient, sigmoid or none.")
 ]
@@ -93,6 +97,7 @@ def quantize(
     loss_aware: _LossAware = False,
     fit: _Fit = "search",
     calibration: shared.Calibration = None,
+    importance: _Importance = None,
     samples: shared.Samples = 128,
     length: shared.Length = 512,
     seed: shared.Seed = 0,
@@ -119,7 +124,8 @@ def quantize(
         effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
         refine=refine, recover=recover, recover_epochs=recover_epochs,
         loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]
-        calibration=calibration, samples=samples, length=length, seed=seed, device=device_of(device),
+        calibration=calibration, importance=importance, samples=samples, length=length, seed=seed,
+        device=device_of(device),
         trust_remote_code=trust_remote_code, verification=verify,  # type: ignore[arg-type]
         tell=teller(), tell_step=step_teller(), tell_cost=cost_teller(), tell_trial=trial_teller(),
         hashes=hashes,
@@ -199,6 +205,8 @@ def _print(report: RunReport) -> None:
     for reason in changed[:5]:
         count = list(report.changed.values()).count(reason)
         print(f"  changed for {count}: {reason}")
+    for note in report.notes:
+        print(f"  {note}")
     if report.fallbacks:
         print(f"  {len(report.fallbacks)} weights carry notes (fallbacks, too few rows): see pennyweight.json")
     if report.leftovers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from pennyweight.plan.candidates import INTEGERS
 from pennyweight.plan.plan import Plan
 from pennyweight.plan.uniform import finer
 from pennyweight.schemes import QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from pennyweight.models.gguf.checkpoint import GgufCheckpoint
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class ModelFacts:
     path          the model's directory
     config        its config.json
     tensors       those of its checkpoint
+    gguf          the GGUF file that they come from, if one; all that it says goes along into another
     """
 
     model_type: str
@@ -40,6 +44,7 @@ class ModelFacts:
     path: Path = Path()
     config: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    gguf: GgufCheckpoint | None = None
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -53,12 +58,23 @@ class Kept:
     info            type and shape there
     encode, decode  between the checkpoint's tensor and that one
     by_rows         some rows of it can be encoded by themselves
+    stored          rows of it (None: all) where they lie in the source as they shall stand, byte for byte
     """
 
     info: TensorInfo
     encode: Callable[[Tensor], Tensor] = _same
     decode: Callable[[Tensor], Tensor] = _same
     by_rows: bool = True
+    stored: Callable[[slice | None], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class ImportanceEntry:
+    """A row of an importance matrix: that number `index` of the weight `name`, which has `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: int
 
 
 class Container(Protocol):
@@ -153,6 +169,10 @@ class Container(Protocol):
 
     def decode(self, site: Site, scheme: Scheme, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The inverse of `encode`."""
+
+    def importance_entry(self, site: Site) -> ImportanceEntry | None:
+        """Where an importance matrix of the runtime has the inputs of `site`; None where there is no such file."""
+        return None
 
     def config(self, plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtime: str) -> dict[str, Any] | None:
         """What goes into config.json as `quantization_config`; None: the runtime reads no config.json."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pennyweight.containers.base import Container, Kept, ModelFacts
+from pennyweight.containers.base import Container, ImportanceEntry, Kept, ModelFacts
 from pennyweight.containers.weight_files import Place, WeightFiles
 from pennyweight.core.errors import ContainerError, UsageError
 from pennyweight.models.base import Site, TensorInfo
@@ -116,8 +116,10 @@ class Gguf(Container):
         return {site: None if kind is None else BLOCK_TYPES[kind].scheme for site, kind in chosen.items()}
 
     def bound(self, facts: ModelFacts) -> Container:
-        from pennyweight.models.gguf.conversion import conversion
+        from pennyweight.models.gguf.conversion import conversion, same_file
 
+        if facts.gguf is not None:
+            return Gguf(same_file(facts.gguf))
         model = conversion(facts.path, facts.config, facts.tensors)
         split = [name for name, parts in model.places.items() if len(parts) > 1]
         if split:
@@ -169,12 +171,16 @@ class Gguf(Container):
         place = self._place(name)
         if place is None:
             return None
+        assert self.model is not None
+        source = self.model.source
         dtype = torch.float32 if place.is_float32 or not info.dtype.is_floating_point else info.dtype
+        there = TensorInfo(dtype, place.shape) if source is None else source.stored_info(name)
         return Kept(
-            TensorInfo(dtype, place.shape),
-            encode=partial(_stored, place, dtype),
+            there,
+            encode=partial(_stored, place, there.dtype),
             decode=partial(_restored, place, info.dtype),
             by_rows=place.heads is None and place.rows is None,
+            stored=None if source is None else partial(source.stored, name),
         )
 
     @property
@@ -198,6 +204,13 @@ class Gguf(Container):
         order = self._order(site)
         return weight if order is None else weight.rows(order.argsort())
 
+    def importance_entry(self, site: Site) -> ImportanceEntry | None:
+        place = self._place(site.tensor)
+        if place is None:
+            return None
+        assert self.model is not None
+        return ImportanceEntry(place.tensor, self.model.shapes[place.tensor], place.expert or 0)
+
     def config(self, plan: Plan, sites: Sequence[Site], facts: ModelFacts, *, runtime: str) -> dict[str, Any] | None:
         return None
 
@@ -213,12 +226,14 @@ class Gguf(Container):
         for name in entries:
             members.setdefault(self._tensor(name), []).append(name)
         tensors = [
-            (tensor, shape, _type_number(names[0], entries, plan), sum(entries[name].size_bytes for name in names))
+            (tensor, shape, self._type_number(names[0], entries, plan), sum(entries[name].size_bytes for name in names))
             for tensor, shape in self.model.shapes.items()
             for names in [members[tensor]]
         ]
         fields = {**self.model.fields, **_said_of(self._mix(plan) or _most(plan, entries))}
-        parts = split_layout(STEM, fields, tensors, max_file_bytes=_FILE_BYTES)
+        source = self.model.source
+        alignment = {} if source is None else {"alignment": source.file.alignment}
+        parts = split_layout(STEM, fields, tensors, max_file_bytes=_FILE_BYTES, **alignment)
         return WeightFiles(
             headers={part.file: part.header for part in parts},
             sizes={part.file: part.size_bytes for part in parts},
@@ -260,6 +275,18 @@ class Gguf(Container):
         place = self._place(name)
         return 0 if place is None or place.expert is None else place.expert
 
+    def _type_number(self, name: str, entries: Mapping[str, TensorInfo], plan: Plan) -> int:
+        """ggml's number of the type of an entry: that of its site's scheme, or the one that it has."""
+        from pennyweight.models.gguf.types import FLOAT_TYPES
+
+        assert self.model is not None
+        scheme, source = plan.schemes.get(name.removesuffix(".weight")), self.model.source
+        if scheme is not None:
+            return _known(scheme).number
+        if source is not None:
+            return source.places[name][1].type_number
+        return next(kind.number for kind in FLOAT_TYPES.values() if kind.dtype == entries[name].dtype)
+
     def _order(self, site: Site) -> Tensor | None:
         place = self._place(site.tensor)
         assert place is not None
@@ -291,16 +318,6 @@ def _stored(place: Stored, dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 def _restored(place: Stored, dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return place.invert(tensor).to(dtype)
-
-
-def _type_number(name: str, entries: Mapping[str, TensorInfo], plan: Plan) -> int:
-    """ggml's number of the type of an entry: that of its site's scheme, or of its floats."""
-    from pennyweight.models.gguf.types import FLOAT_TYPES
-
-    dtype = entries[name].dtype
-    if dtype == torch.uint8:
-        return _known(plan.schemes[name.removesuffix(".weight")]).number
-    return next(kind.number for kind in FLOAT_TYPES.values() if kind.dtype == dtype)
 
 
 def _most(plan: Plan, entries: Mapping[str, TensorInfo]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from pennyweight.core.errors import ModelError, UsageError
 from pennyweight.evaluate.llama_cpp import continuation
 from pennyweight.models import text
-from pennyweight.models.gguf.checkpoint import gguf_file
+from pennyweight.models.gguf_files import first_file
 from pennyweight.models.hub import resolve
 from pennyweight.models.skeleton import read_config
 
@@ -43,7 +43,7 @@ def generate(
     """
     path = resolve(model, trust_remote_code=trust_remote_code)
     if any(path.glob("*.gguf")):
-        parts = continuation(gguf_file(path), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        parts = continuation(first_file(path), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
         return _told(parts, is_streamed=is_streamed)
     return _by_transformers(
         path, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, device=device,

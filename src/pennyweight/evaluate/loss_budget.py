@@ -73,10 +73,8 @@ def smallest_that_holds(
     budget = draft.options.budget
     assert budget is not None
     if not draft.model.is_decoder:
-        raise ModelError(
-            f"{budget}: {type(draft.model.module).__name__} predicts no tokens, so it has neither KL nor perplexity: "
-            "give a size"
-        )
+        kind = type(draft.streamed.module).__name__
+        raise ModelError(f"{budget}: {kind} predicts no tokens, so it has neither KL nor perplexity: give a size")
     windows = unseen_windows(draft)
     points = [point for point in problem.frontier.points if any(scheme is not None for scheme in point.schemes)]
     judge = _Judge(draft, budget, windows, make, scratch, tell)
@@ -97,7 +95,7 @@ def smallest_that_holds(
 
 def unseen_windows(draft: Draft) -> Tensor:
     """Windows of the calibration text that the run is not calibrated on."""
-    windows = every_window(draft.model, draft.options)
+    windows = every_window(draft.streamed, draft.options)
     seen = set() if draft.windows is None else {tuple(window) for window in draft.windows.tolist()}
     kept = [index for index, window in enumerate(windows.tolist()) if tuple(window) not in seen]
     if len(kept) < _LEAST_WINDOWS:
@@ -123,7 +121,7 @@ class _Judge:
             self.make(point, place)
             trust = self.draft.options.trust_remote_code
             candidate = StreamedModel(place, trust_remote_code=trust, device=self.draft.options.device)
-            scores = compare(candidate, self.draft.model, self.windows)
+            scores = compare(candidate, self.draft.streamed, self.windows)
         loss, upper = bounded(scores, self.budget)
         trial = Trial(point.size_bytes, point.cost, loss, upper, upper <= self.budget.value)
         self.tell(trial)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pennyweight.core.errors import UsageError
 from pennyweight.evaluate.loss_budget import Found, Trial, smallest_that_holds
 from pennyweight.pipeline.costs.base import Tell as CostTell
 from pennyweight.pipeline.costs.base import tell_nobody
 from pennyweight.pipeline.job import Draft
-from pennyweight.pipeline.measuring import Measuring
+from pennyweight.pipeline.measuring import measuring
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.planning import Problem, problem_of, within
 from pennyweight.pipeline.prepare import drafted
@@ -61,8 +63,17 @@ def planned(
 
     A budget of loss is kept by trial: plans are made in full in directories below `scratch` that go away, and judged.
     """
-    draft = drafted(model, options, None)
-    problem = problem_of(draft, Measuring(draft, tell))
+    with tempfile.TemporaryDirectory(prefix="pennyweight-source-") as described:
+        draft = drafted(model, options, None, scratch=Path(described))
+        return _planned(model, draft, options, scratch=scratch, tell=tell, tell_trial=tell_trial)
+
+
+def _planned(
+    model: str, draft: Draft, options: Options, *, scratch: Path | None, tell: CostTell, tell_trial: TellTrial
+) -> Planned:
+    if options.budget is not None and options.budget.is_of_loss and not draft.is_run:
+        raise UsageError(f"{options.budget}: a loss is judged by running the model, and transformers does not run it")
+    problem = problem_of(draft, measuring(draft, tell))
     if options.budget is None:
         return Planned(draft, problem, None, None)
     if not options.budget.is_of_loss:

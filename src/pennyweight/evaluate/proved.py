@@ -50,6 +50,7 @@ def quantize(
     fit: Fit = Options.fit,
     runtime: str = Options.runtime,
     calibration: str | Sequence[str] | None = None,
+    importance: str | Path | None = None,
     samples: int = Options.samples,
     length: int = Options.length,
     seed: int = Options.seed,
@@ -62,7 +63,7 @@ def quantize(
     tell_trial: TellTrial = lambda trial: None,
     hashes: Hashes | None = None,
 ) -> RunReport:
-    """Quantize a model directory or Hub id into the new directory `out`, verified.
+    """Quantize a model directory, Hub id or GGUF file into the new directory `out`, verified.
 
     One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity) and `plan` (a file,
     globs of sites -> schemes, a name like "Q4_K_M") stands in place of `scheme`; the rest as in Options. `tell` hears
@@ -70,12 +71,11 @@ def quantize(
     options = Options(
         scheme=scheme, bits=bits, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss),
         plan=given_plan(plan), keep=tuple(keep), at=tuple(at), runtime=runtime, effort=effort, rotate=rotate,
-        transform=transform, solver=solver, staged=staged, refine=refine, recover=recover,
-        recover_epochs=recover_epochs, loss_aware=loss_aware, fit=fit,
+        transform=transform, solver=solver, staged=staged, refine=refine, recover=recover, loss_aware=loss_aware,
+        recover_epochs=recover_epochs, fit=fit, importance=None if importance is None else str(importance),
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),
         samples=samples, length=length, seed=seed, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-
     evidence: dict[str, Any] = {}
     if options.budget is not None and options.budget.is_of_loss:
         chosen = planned(str(model), options, scratch=check_target(out).parent, tell=tell_cost, tell_trial=tell_trial)

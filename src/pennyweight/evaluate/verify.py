@@ -31,7 +31,8 @@ def verify(artefact: Path, *, extent: Extent = "full", trust_remote_code: bool =
     """
     if extent == "none":
         return {"verified": "none"}
-    read_config_json(artefact)
+    if not any(artefact.glob("*.gguf")):
+        read_config_json(artefact)
     problems = _changed_files(artefact)
     found: dict[str, Any] = {} if problems else _in_fresh_process(artefact, extent, trust_remote_code=trust_remote_code)
     problems += found.pop("problems", [])

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from pennyweight.core.memory import available_memory_bytes, peak_memory_bytes
 from pennyweight.evaluate import llama_cpp
 from pennyweight.evaluate.compare import score_logits
 from pennyweight.models import text
-from pennyweight.models.gguf.checkpoint import GgufCheckpoint, decoded_rows, open_gguf
+from pennyweight.models.gguf.checkpoint import decoded_rows, is_decoded, open_gguf
 from pennyweight.models.gguf.fields import FieldValue
-from pennyweight.models.gguf.file import GgufFile, GgufTensor
+from pennyweight.models.gguf.file import GgufFile, GgufTensor, read_gguf
+from pennyweight.models.gguf.header import padded
 from pennyweight.models.gguf.layout import header_bytes
 from pennyweight.models.gguf.types import FLOAT_TYPES
+from pennyweight.models.gguf_files import first_file
 from pennyweight.models.streamed import StreamedModel
 
 _WINDOWS, _TOKENS, _CONTINUED = 2, 48, 8
@@ -40,42 +43,42 @@ def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     warnings.simplefilter("ignore")
     path, extent = Path(arguments[0]), arguments[1]
-    checkpoint = open_gguf(path)
-    reason = _why_not_whole(checkpoint, extent)
-    found = _whole(path, checkpoint) if reason is None else _by_weight(checkpoint, reason)
+    has_config = (path / "config.json").is_file()
+    file = open_gguf(path).file if has_config else read_gguf(first_file(path))
+    reason = _why_not_whole(file, extent)
+    if reason is not None:
+        found = _by_weight(file, reason)
+    elif has_config:
+        found = _whole(path, file)
+    else:
+        found = _alone(file)
     found |= {"seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": peak_memory_bytes()}
     print(json.dumps(found))
 
 
-def _why_not_whole(checkpoint: GgufCheckpoint, extent: str) -> str | None:
+def _why_not_whole(file: GgufFile, extent: str) -> str | None:
     if extent != "full":
         return "asked for"
     if not llama_cpp.is_installed():
         return f"llama-cpp-python is not installed ({llama_cpp.INSTALL})"
-    weights = sum(info.size_bytes // info.dtype.itemsize for info in checkpoint.tensors.values())
+    weights = sum(_count(tensor) for tensor in file.tensors.values())
     # Decoded on the disk and mapped, and once more in our own evaluation.
     return None if 2.5 * 4 * weights < available_memory_bytes() else "the decoded model does not fit in memory"
 
 
-def _whole(path: Path, checkpoint: GgufCheckpoint) -> dict[str, Any]:
+def _whole(path: Path, file: GgufFile) -> dict[str, Any]:
     """The decoded file in llama.cpp against our own evaluation, the file itself against that, and every weight."""
     ours = StreamedModel(path)
     tokens = min(_TOKENS, text.context_length(ours.config) or _TOKENS)
     vocabulary = int(ours.config.get_text_config().vocab_size)
     ids = torch.randint(0, vocabulary, (_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
-    logits = _logits(ours, ids)
-    file = checkpoint.file
-    with tempfile.TemporaryDirectory(prefix="pennyweight-verify-") as directory:
-        decoded = Path(directory) / "decoded.gguf"
-        write_decoded(file, decoded)
-        with llama_cpp.opened(decoded, context=tokens) as runtime:
-            theirs = runtime.logits(ids)
+    logits, theirs = _logits(ours, ids), _decoded_logits(file, ids)
     with llama_cpp.opened(file.files[0], context=tokens + _CONTINUED) as runtime:
         packed = runtime.logits(ids)
         problems = _wrong_tokens(path, runtime)
         made = runtime.continued(ids[0, : tokens // 2].tolist(), _CONTINUED)
     # A few wrong weights change no logit by as much as another order of sums does.
-    problems += _wrong_weights(checkpoint)[:5]
+    problems += _wrong_weights(file)[:5]
     kl, share = _kl(logits, theirs), _kl(theirs, packed)
     if not kl <= _ALLOWED_KL:
         problems.append(
@@ -86,13 +89,45 @@ def _whole(path: Path, checkpoint: GgufCheckpoint) -> dict[str, Any]:
         problems.append("llama.cpp computes NaN or infinity, or does not continue a text")
     return {
         "verified": "full",
-        "runtime": f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}",
+        "runtime": _runtime(),
         "kl_decoded": kl,
         "allowed_kl_decoded": _ALLOWED_KL,
         "kl_of_runtime": share,
         "weights_compared": len(file.tensors),
         "problems": problems,
     }
+
+
+def _alone(file: GgufFile) -> dict[str, Any]:
+    """A file that transformers is told nothing of: every weight as the gguf package decodes it, and the file in
+    llama.cpp against the decoded one there."""
+    found = _by_weight(file, "there is no config.json, so there is no evaluation of ours to compare with")
+    vocabulary = file.fields.get("tokenizer.ggml.tokens")
+    count = None if vocabulary is None else vocabulary.count
+    if not count:
+        return found
+    ids = torch.randint(0, count, (_WINDOWS, _TOKENS), generator=torch.Generator().manual_seed(0))
+    theirs = _decoded_logits(file, ids)
+    with llama_cpp.opened(file.files[0], context=_TOKENS + _CONTINUED) as runtime:
+        packed = runtime.logits(ids)
+        made = runtime.continued(ids[0, : _TOKENS // 2].tolist(), _CONTINUED)
+    problems = found["problems"]
+    if not packed.isfinite().all() or len(made) != _CONTINUED:
+        problems.append("llama.cpp computes NaN or infinity, or does not continue a text")
+    return found | {"runtime": _runtime(), "kl_of_runtime": _kl(theirs, packed)}
+
+
+def _runtime() -> str:
+    return f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}"
+
+
+def _decoded_logits(file: GgufFile, ids: Tensor) -> Tensor:
+    """Those of llama.cpp for the decoded file."""
+    with tempfile.TemporaryDirectory(prefix="pennyweight-verify-") as directory:
+        decoded = Path(directory) / "decoded.gguf"
+        write_decoded(file, decoded)
+        with llama_cpp.opened(decoded, context=ids.shape[1]) as runtime:
+            return runtime.logits(ids)
 
 
 def _logits(model: StreamedModel, ids: Tensor) -> Tensor:
@@ -127,19 +162,32 @@ def _wrong_tokens(path: Path, runtime: llama_cpp.Llama) -> list[str]:
 
 
 def write_decoded(file: GgufFile, out: Path) -> None:
-    """The same model with every tensor as float32, in one file."""
+    """The same model with every tensor that we decode as float32, in one file."""
     kind = FLOAT_TYPES["F32"].number
     said = {Keys.General.FILE_TYPE: FieldValue.of(int(LlamaFileType.ALL_F32), GGUFValueType.UINT32)}
-    counts = {name: _count(tensor) for name, tensor in file.tensors.items()}
-    entries = [(name, tensor.shape, kind, 4 * counts[name]) for name, tensor in file.tensors.items()]
-    header, positions = header_bytes({**file.fields, **said}, entries)
+    entries = [
+        (name, tensor.shape, kind, 4 * _count(tensor))
+        if is_decoded(tensor)
+        else (name, tensor.shape, tensor.type_number, tensor.size_bytes)
+        for name, tensor in file.tensors.items()
+    ]
+    header, positions = header_bytes({**file.fields, **said}, entries, alignment=file.alignment)
     with out.open("xb") as stream:
         stream.write(header)
         for name, tensor in file.tensors.items():
             stream.seek(positions[name])
-            for rows in _row_parts(tensor):
-                stream.write(decoded_rows(tensor, rows).float().contiguous().numpy().tobytes())
-        stream.truncate(max(stream.tell() + -stream.tell() % 32, len(header)))
+            for part in _float32_parts(tensor):
+                stream.write(part.numpy().tobytes())
+        stream.truncate(max(padded(stream.tell(), file.alignment), len(header)))
+
+
+def _float32_parts(tensor: GgufTensor) -> Iterator[Tensor]:
+    """The tensor's numbers as float32, a part at a time; its bytes where we do not decode it."""
+    if not is_decoded(tensor):
+        yield tensor.read()
+        return
+    for rows in _row_parts(tensor):
+        yield decoded_rows(tensor, rows).float().contiguous()
 
 
 def _count(tensor: GgufTensor) -> int:
@@ -151,30 +199,31 @@ def _count(tensor: GgufTensor) -> int:
 
 def _row_parts(tensor: GgufTensor) -> list[slice]:
     """Rows, all axes but the last counted as one, that are decoded at once."""
-    rows, width = _count(tensor) // tensor.shape[-1], tensor.shape[-1]
-    each = max(1, _CHUNK // width)
+    width = tensor.shape[-1] if tensor.shape else 1
+    rows, each = _count(tensor) // max(1, width), max(1, _CHUNK // max(1, width))
     return [slice(first, min(first + each, rows)) for first in range(0, rows, each)]
 
 
-def _by_weight(checkpoint: GgufCheckpoint, reason: str) -> dict[str, Any]:
-    compared = len(checkpoint.file.tensors)
-    problems = _wrong_weights(checkpoint)
-    return {"verified": "partial", "reason": reason, "weights_compared": compared, "problems": problems[:5]}
+def _by_weight(file: GgufFile, reason: str) -> dict[str, Any]:
+    compared = sum(is_decoded(tensor) for tensor in file.tensors.values())
+    return {"verified": "partial", "reason": reason, "weights_compared": compared, "problems": _wrong_weights(file)[:5]}
 
 
-def _wrong_weights(checkpoint: GgufCheckpoint) -> list[str]:
-    """Every tensor through the decoder of the gguf package, llama.cpp's own in Python."""
+def _wrong_weights(file: GgufFile) -> list[str]:
+    """Every tensor that we decode through the decoder of the gguf package, llama.cpp's own in Python."""
     import gguf
 
     problems: list[str] = []
-    for name, tensor in checkpoint.file.tensors.items():
+    compared = [tensor for tensor in file.tensors.values() if is_decoded(tensor)]
+    for tensor in compared:
         kind = gguf.GGMLQuantizationType(tensor.type_number)
-        each = tensor.size_bytes // max(1, _count(tensor) // tensor.shape[-1])
+        width = tensor.shape[-1] if tensor.shape else 1
+        each = tensor.size_bytes // max(1, _count(tensor) // max(1, width))
         for rows in _row_parts(tensor):
             raw = tensor.read(rows.start * each, rows.stop * each).reshape(-1, each)
-            theirs = torch.tensor(gguf.quants.dequantize(raw.numpy(), kind)).reshape(-1, tensor.shape[-1])
+            theirs = torch.tensor(gguf.quants.dequantize(raw.numpy(), kind)).reshape(-1, width)
             if not torch.equal(decoded_rows(tensor, rows).float(), theirs.float()):
-                problems.append(f"{name}: the gguf package decodes other weights than we do")
+                problems.append(f"{tensor.name}: the gguf package decodes other weights than we do")
                 break
     return problems
 

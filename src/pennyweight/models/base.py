@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -88,3 +88,44 @@ class Site:
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+class StoredModel(Protocol):
+    """What a run asks of a model that it does not run: its weights, and which of them can be quantized.
+
+    path           directory of config.json and tokenizer, or the file that is all there is
+    blocks         names of the repeated blocks, in order
+    sites          those of the blocks and, behind them, the `head` where it can be one; else `why_no_head`
+    embedding      a site beside them
+    refused        matrices that cannot be sites -> the reason
+    unused         tensors that the model has no place for
+    stored_twice   tensors that the checkpoint holds although they are another one's, tied
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def blocks(self) -> Sequence[str]: ...
+    @property
+    def sites(self) -> Sequence[Site]: ...
+    @property
+    def head(self) -> Site | None: ...
+    @property
+    def why_no_head(self) -> str: ...
+    @property
+    def embedding(self) -> Site | None: ...
+    @property
+    def refused(self) -> Mapping[str, str]: ...
+    @property
+    def is_decoder(self) -> bool: ...
+    @property
+    def calibrates_in_bfloat16(self) -> bool: ...
+    @property
+    def unused(self) -> Sequence[str]: ...
+    @property
+    def stored_twice(self) -> Collection[str]: ...
+    def sites_of(self, block: int) -> list[Site]: ...

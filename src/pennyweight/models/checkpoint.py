@@ -78,7 +78,8 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
     if not path.exists():
         raise ModelError(f"{path}: there is no such directory. Give a directory with config.json and safetensors.")
     if not path.is_dir():
-        raise ModelError(f"{path}: is a file. Give the directory that holds it together with config.json.")
+        hint = "Its weights are quantized by `pennyweight quantize FILE --for llama.cpp`. " * (path.suffix == ".gguf")
+        raise ModelError(f"{path}: is a file. {hint}Give the directory that holds it together with config.json.")
     if (path / SINGLE_FILE).exists():
         entries = read_header(path / SINGLE_FILE)
         return _checkpoint(path, {name: (path / SINGLE_FILE, entry) for name, entry in entries.items()})
@@ -148,7 +149,12 @@ def _no_weights(path: Path) -> ModelError:
         )
     if safetensors:
         return CheckpointError(f"{path}: holds {safetensors[0]}, expected {SINGLE_FILE}. Rename it if it is the model.")
-    other = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"))]
+    if any(file.endswith(".gguf") for file in files):
+        return ModelError(
+            f"{path}: holds a GGUF file without a config.json, which says how transformers runs it. "
+            "Give one, or quantize the file itself: pennyweight quantize FILE --for llama.cpp"
+        )
+    other = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
     if other:
         return ModelError(
             f"{path}: holds {_some(other)} but no safetensors, the only kind that is read. Convert it: load the model "

@@ -78,6 +78,16 @@ class StreamedModel:
         head = self.module.get_output_embeddings()  # type: ignore[operator]
         return head is not None and any(id(parameter) in tied for parameter in head.parameters())
 
+    @property
+    def unused(self) -> list[str]:
+        """Tensors of the checkpoint that the model has no place for."""
+        return self.weights.unused
+
+    @property
+    def stored_twice(self) -> set[str]:
+        """Tensors that the checkpoint holds although they are another one's, tied."""
+        return self.weights.stored_twice
+
     def sites_of(self, block: int) -> list[Site]:
         return [site for site in self.sites if site.block == block]
 

@@ -105,6 +105,15 @@ class WeightMap:
             del self.tied[name]
         return different
 
+    @property
+    def stored_twice(self) -> set[str]:
+        """Checkpoint tensors of parameters that are tied to others, which the checkpoint has too."""
+        twice, once = (
+            {key for name in names if name in self.sources for key in self.sources[name].keys}
+            for names in (self.tied.keys(), self.tied.values())
+        )
+        return twice - once if once else set()
+
     def _tied_source(self, name: str) -> str | None:
         for left, right in self.tied.items():
             for this, other in ((left, right), (right, left)):

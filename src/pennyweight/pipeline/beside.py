@@ -26,7 +26,7 @@ def output_bytes(job: Job) -> int:
     carried = carried_files(model.path)
     names = [*job.layout.sizes, *(str(file.relative_to(model.path)) for file in carried), "config.json", "README.md"]
     record = run_record(job, records, {}, {}, dict.fromkeys(names, "0" * 64))
-    texts = (config_of(job), card_of(job, notes=len(records)), to_json(record))
+    texts = (config_of(job) or "", card_of(job, notes=len(records)), to_json(record))
     return (
         job.layout.size_bytes
         + sum(file.stat().st_size for file in carried)

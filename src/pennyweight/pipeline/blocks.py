@@ -12,16 +12,16 @@ from pennyweight.core.parallel import chunks, parallel_map
 from pennyweight.models.base import Site
 from pennyweight.models.stream import Stream
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.blind import count_blocks
 from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import SiteStatistics, Streams, collect, collect_given
 from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.records import BlockDone, SiteRecord, Tell
 from pennyweight.pipeline.rescale import BlockRescaler, kept_names
-from pennyweight.pipeline.rows import solve_by_rows, solve_without_data
+from pennyweight.pipeline.rows import solve_by_rows
 from pennyweight.pipeline.solve import again_measured, check_finite, solve_site
 from pennyweight.pipeline.stages import stages_of
-from pennyweight.plan.plan import Plan
 from pennyweight.schemes import QuantizedWeight
 from pennyweight.solvers.learned.base import BlockProblem
 
@@ -40,8 +40,8 @@ def run_blocks(
 ) -> list[SiteRecord]:
     """Solve and write every block that the journal does not have, and the head; returns the records of all, in order.
 
-    With `streams` each block is calibrated on the outputs of the blocks before it as they were written; finished
-    blocks of an earlier run are read back and only run. Without them no block is run at all.
+    Each block is calibrated on the outputs of the blocks before it as they were written; finished blocks of an earlier
+    run are read back and only run. `streams` may be None where all are finished.
     """
     records: list[SiteRecord] = []
     rescaler = None
@@ -52,6 +52,7 @@ def run_blocks(
         part = f"block {index}"
         is_done = part in journal.finished
         if not is_done:
+            assert streams is not None
             found, folds = _one_block(model, output, index, chain=chain, streams=streams, rescaler=rescaler)
             output.files.flush()
             journal.add(part, found, found={"rescaled": folds} if folds else {})
@@ -62,24 +63,17 @@ def run_blocks(
     return records
 
 
-def count_blocks(model: StreamedModel, plan: Plan) -> int:
-    """How many there are to go through: a head that has a scheme comes as one more, behind the last."""
-    return len(model.blocks) + (model.head is not None and model.head.name in plan.schemes)
-
-
 def _one_block(
     model: StreamedModel,
     output: Output,
     index: int,
     *,
     chain: Chain,
-    streams: Streams | None,
+    streams: Streams,
     rescaler: BlockRescaler | None,
 ) -> tuple[list[SiteRecord], tuple[str, ...]]:
     """The records of the sites of block `index`, and which of its folds were rescaled."""
     sites = _quantized(model, output, index)
-    if streams is None:
-        return solve_without_data(model, output, sites, chain), ()
     if index == len(model.blocks):
         [head] = sites
         return [_head(model, output, head, chain=chain, streams=streams)], ()

@@ -51,6 +51,8 @@ def _how(recipe: Recipe) -> str:
 
 def _data(recipe: Recipe) -> str:
     data = recipe.calibration
+    if recipe.importance is not None:
+        return f"importances of `{recipe.importance}`"
     return "no calibration data" if data is None else f"{data.samples} windows of {data.length} tokens"
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pennyweight.containers.base import Container, ModelFacts
 from pennyweight.containers.weight_files import WeightFiles
-from pennyweight.core.errors import ContainerError
-from pennyweight.models.base import Site, TensorInfo
+from pennyweight.core.errors import ContainerError, UsageError
+from pennyweight.models.base import Site, StoredModel, TensorInfo
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.chain import Chain
+from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import weight_entries
 from pennyweight.pipeline.records import CalibrationRecipe, Recipe
@@ -31,15 +33,36 @@ class Draft:
     model_name   what the result's model card calls the original
     inputs       hashes of the model's files
     windows      calibration token ids [windows, length], None for a data-free run
+    known        what an importance matrix says, by site
+    notes        what the user must know of the way that was taken
     """
 
-    model: StreamedModel
+    model: StoredModel
     model_name: str
     container: Container
     facts: ModelFacts
     inputs: Mapping[str, str]
     windows: Tensor | None
     options: Options
+    known: Mapping[str, SiteStatistics] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_run(self) -> bool:
+        """The model is one that can be run here."""
+        return isinstance(self.model, StreamedModel)
+
+    @property
+    def streamed(self) -> StreamedModel:
+        """The model, where it can be run; raises UsageError."""
+        if not isinstance(self.model, StreamedModel):
+            raise UsageError(f"{self.model.path}: this needs a model that is run by transformers: give --calibration")
+        return self.model
+
+    @property
+    def blind(self) -> Chain:
+        """How the codes of what is not calibrated are chosen."""
+        return Chain(solver=Nearest(self.options.fit), fit=self.options.fit)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -71,7 +94,7 @@ class Draft:
         if refusal is not None:
             raise ContainerError(f"{self.container.name} for {self.options.runtime} cannot hold this plan: {refusal}")
         entries = weight_entries(self.container, plan, self.listed, self.model.checkpoint)
-        drafted = {field.name: getattr(self, field.name) for field in fields(Draft)}
+        drafted = {one.name: getattr(self, one.name) for one in fields(Draft)}
         layout = self.container.layout(entries, plan)
         return Job(**drafted, plan=plan, entries=entries, layout=layout, recipe=self._recipe(plan))
 
@@ -104,10 +127,11 @@ class Draft:
             trust_remote_code=options.trust_remote_code,
             calibration=calibration,
             inputs=self.inputs,
+            importance=None if options.importance is None else Path(options.importance).name,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job(Draft):
     """A run that has been checked and planned; nothing has been written.
 
@@ -128,8 +152,3 @@ class Job(Draft):
     def embedding(self) -> Site | None:
         """The embedding, where it has a scheme."""
         return next((site for site in self.quantized if site.kind == "embedding"), None)
-
-    @property
-    def blind(self) -> Chain:
-        """How the codes of what is not calibrated are chosen."""
-        return Chain(solver=Nearest(self.options.fit), fit=self.options.fit)

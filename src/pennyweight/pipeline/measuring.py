@@ -9,10 +9,12 @@ from pathlib import Path
 
 from pennyweight.core.registry import find
 from pennyweight.models import text
+from pennyweight.pipeline.blind_costs import BlindMeasuring
 from pennyweight.pipeline.costs.base import DEFAULT_COST, Tell, tell_nobody
 from pennyweight.pipeline.costs.cache import cached_costs
 from pennyweight.pipeline.costs.embedding import EmbeddingCost
 from pennyweight.pipeline.job import Draft
+from pennyweight.pipeline.planning import Measure
 from pennyweight.pipeline.windows import some_windows
 from pennyweight.plan.candidates import Candidates
 
@@ -29,9 +31,10 @@ class Measuring:
     tell: Tell = tell_nobody
 
     def __call__(self, groups: Sequence[Candidates]) -> list[list[float]]:
-        windows = some_windows(self.draft.model, self.draft.options, self.draft.windows)
+        model = self.draft.streamed
+        windows = some_windows(model, self.draft.options, self.draft.windows)
         batches = text.batches(windows[:_WINDOWS])
-        embedding = self.draft.model.embedding
+        embedding = model.embedding
         first = [group for group in groups if embedding is not None and embedding.name in group.sites]
         rest = [group for group in groups if group not in first]
         measured: list[list[float]] = []
@@ -39,7 +42,7 @@ class Measuring:
             with tempfile.TemporaryDirectory(prefix="pennyweight-costs-") as directory:
                 measured += cached_costs(
                     cost,
-                    self.draft.model,
+                    model,
                     batches,
                     some,
                     inputs=self.draft.inputs,
@@ -49,3 +52,8 @@ class Measuring:
                     tell=self.tell,
                 )
         return [measured[[*first, *rest].index(group)] for group in groups]
+
+
+def measuring(draft: Draft, tell: Tell = tell_nobody) -> Measure:
+    """How the schemes of `draft` are measured: by what the model makes of them, where it can be run."""
+    return Measuring(draft, tell) if draft.is_run else BlindMeasuring(draft, tell)

@@ -40,6 +40,7 @@ class Options:
     runtime       what will read the result
     calibration   text file, .jsonl, directory, "built-in", "self" (the model writes it), "none", or texts;
                   None: built-in unless the solver that was asked for needs no data
+    importance    file of an importance matrix of llama.cpp, in place of calibration
     samples       windows at most
     length        tokens a window; the model's own limit where that is less
     seed          which windows are drawn, and the order in which training sees them
@@ -64,6 +65,7 @@ class Options:
     fit: Fit = "search"
     runtime: str = "transformers"
     calibration: str | tuple[str, ...] | None = None
+    importance: str | None = None
     samples: int = 128
     length: int = 512
     seed: int = 0
@@ -91,13 +93,20 @@ class Options:
             raise UsageError(f"--samples {self.samples}: give at least 1")
         if not 0 < self.recover_epochs < math.inf:
             raise UsageError(f"--recover-epochs {self.recover_epochs}: give more than 0")
+        if self.importance is not None and self.calibration not in (None, NONE):
+            raise UsageError(f"--importance {self.importance} stands in place of --calibration: give one of them")
+        if self.importance is not None and self.fit != "search":
+            raise UsageError(f"--importance {self.importance} is used by --fit search: leave out --fit {self.fit}")
+        self._check_blind()
+
+    def _check_blind(self) -> None:
+        """Raises UsageError for what needs calibration data where there is none."""
         solver = self.chain.solver
         if self.calibration_source is not None:
             return
         if solver.needs:
-            raise UsageError(
-                f"--solver {self.solver} needs calibration data: drop --calibration none, or use --solver nearest"
-            )
+            way = "--calibration none" if self.importance is None else "--importance"
+            raise UsageError(f"--solver {self.solver} needs calibration data: drop {way}, or use --solver nearest")
         steps = self.steps
         for option, is_asked in (
             (f"--transform {steps.transform}", steps.transform != NONE),
@@ -140,7 +149,9 @@ class Options:
 
     @property
     def calibration_source(self) -> str | tuple[str, ...] | None:
-        """The source of calibration text, or None for a data-free run."""
+        """The source of calibration text, or None for a run without any."""
+        if self.importance is not None:
+            return None
         if self.calibration is not None:
             return None if self.calibration == NONE else self.calibration
         is_trained = any(step not in (None, NONE, False) for step in (self.transform, self.refine, self.recover))

@@ -78,8 +78,9 @@ class Output:
 
     def _parts(self, name: str) -> list[slice | None]:
         """Rows that are copied at once, None for the whole tensor."""
-        info = self.checkpoint.tensors[name]
-        if not info.shape or info.size_bytes <= _COPY_BYTES or not self._kept(name).by_rows:
+        kept = self._kept(name)
+        info = self.checkpoint.tensors[name] if kept.stored is None else kept.info
+        if not info.shape or info.size_bytes <= _COPY_BYTES or not (kept.by_rows or kept.stored):
             return [None]
         return [*chunks(info.shape[0], max(1, _COPY_BYTES // (info.size_bytes // info.shape[0])))]
 
@@ -89,12 +90,12 @@ class Output:
 
     def _copy(self, piece: tuple[str, slice | None]) -> None:
         name, part = piece
-        tensor = self.checkpoint.read(name, part)
+        kept = self._kept(name)
+        tensor = self.checkpoint.read(name, part) if kept.stored is None else kept.stored(part)
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             check_finite(tensor, name)
-        kept = self._kept(name)
         offset = 0 if part is None else part.start * (kept.info.size_bytes // kept.info.shape[0])
-        self.files.write_chunk(name, offset, tensor_bytes(kept.encode(tensor)))
+        self.files.write_chunk(name, offset, tensor_bytes(tensor if kept.stored else kept.encode(tensor)))
 
     def _kept(self, name: str) -> Kept:
         kept = self.container.kept(name, self.checkpoint.tensors[name])
@@ -174,7 +175,9 @@ def _replaced(plan: Plan, sites: Sequence[Site]) -> dict[str, None]:
 
 
 def carried_files(model: Path) -> list[Path]:
-    """Files of the model directory that go along unchanged."""
+    """Files of the model directory that go along unchanged; a model that is one file has none."""
+    if not model.is_dir():
+        return []
     found = {file for pattern in _CARRIED for file in model.glob(pattern)}
     return sorted(
         file

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from pennyweight.containers.base import Container, ModelFacts
+from pennyweight.containers.base import Container
 from pennyweight.core.errors import ContainerError, ModelError, UsageError
 from pennyweight.core.hashing import Hashes
 from pennyweight.core.registry import provided
-from pennyweight.models.config_json import read_config_json
+from pennyweight.models.gguf_files import gguf_of, gguf_parts
 from pennyweight.models.hub import resolve
 from pennyweight.models.residual import rotated
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.costs.base import Tell as CostTell
 from pennyweight.pipeline.costs.base import tell_nobody
+from pennyweight.pipeline.importance import known_statistics
 from pennyweight.pipeline.job import Draft, Job
-from pennyweight.pipeline.measuring import Measuring
+from pennyweight.pipeline.measuring import measuring
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import carried_files
 from pennyweight.pipeline.planning import check_name, given, preset, problem_of, uniform, within
+from pennyweight.pipeline.source import facts_of, open_source
 from pennyweight.pipeline.windows import calibration_windows
 from pennyweight.plan.plan import Plan
 from pennyweight.plan.plan_file import PlanName
-
-_SCALE_TYPES = ("float16", "bfloat16", "float32")
 
 
 def container_for(runtime: str) -> Container:
@@ -44,15 +43,24 @@ def prepare(
     container: Container | None,
     hashes: Hashes | None = None,
     *,
+    scratch: Path | None = None,
     tell: CostTell = tell_nobody,
 ) -> Job:
     """Open the model, read the calibration text, plan; raises the PennyweightError that fits what is wrong."""
-    draft = drafted(model, options, container, hashes)
+    draft = drafted(model, options, container, hashes, scratch=scratch)
     return draft.job(_plan(draft, tell))
 
 
-def drafted(model: str, options: Options, container: Container | None, hashes: Hashes | None = None) -> Draft:
-    """All but the plan. `hashes` may have been begun before; they are closed."""
+def drafted(
+    model: str,
+    options: Options,
+    container: Container | None,
+    hashes: Hashes | None = None,
+    *,
+    scratch: Path | None = None,
+) -> Draft:
+    """All but the plan. `hashes` may have been begun before; they are closed. `scratch` is a directory for what
+    transformers must be told of a GGUF file; it must be there as long as the draft is used."""
     options.check()
     container = container or container_for(options.runtime)
     check_name(options.plan, container, runtime=options.runtime)
@@ -60,64 +68,53 @@ def drafted(model: str, options: Options, container: Container | None, hashes: H
     try:
         path = resolve(model, trust_remote_code=options.trust_remote_code)
         # Hashing reads the whole model once; it runs while transformers is imported and text is tokenized.
-        hashes.begin(_input_files(path))
-        streamed = StreamedModel(path, trust_remote_code=options.trust_remote_code, device=options.device)
-        if options.loss_aware and not streamed.is_decoder:
-            raise ModelError(
-                f"{type(streamed.module).__name__} has no language-model head, so there is no loss to be aware of: "
-                "drop --loss-aware"
-            )
-        if options.rotate:
-            streamed = rotated(streamed, seed=options.seed)
-        windows = calibration_windows(streamed, options)
-        inputs = {str(file.relative_to(path)): hashes.of(file) for file in _input_files(path)}
+        files = _input_files(path, options)
+        hashes.begin(files.values())
+        source = open_source(path, options, container, scratch)
+        options, opened = source.options, source.model
+        windows = None
+        if options.rotate and source.gguf is not None:
+            raise UsageError(f"{path}: --rotate rewrites all weights, and a GGUF file stays what it is: leave it out")
+        if isinstance(opened, StreamedModel):
+            opened = _rotated(opened, options)
+            windows = calibration_windows(opened, options)
+        inputs = {name: hashes.of(file) for name, file in files.items()}
     finally:
         hashes.close()
     local = Path(model).expanduser()
     name = local.resolve().name if local.exists() else model
-    facts = _facts(streamed)
+    facts = facts_of(replace(source, model=opened))
     container = container.bound(facts)
     named = container.default_scheme if options.bits is None else container.scheme_of_bits(options.bits)
     options = replace(options, scheme=options.scheme or named, bits=None)
-    return Draft(streamed, name, container, facts, inputs, windows, options)
+    draft = Draft(opened, name, container, facts, inputs, windows, options, notes=source.notes)
+    if options.importance is None:
+        return draft
+    if "llama.cpp" not in container.runtimes:
+        raise UsageError(f"--importance {options.importance}: it speaks of llama.cpp's weights: give --for llama.cpp")
+    known = known_statistics(Path(options.importance), container, draft.listed, device=opened.device)
+    return replace(draft, known=known)
 
 
-def _input_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return []
-    return sorted(
-        {
-            *path.glob("*.safetensors"),
-            *path.glob("*.gguf"),
-            *path.glob("*.json"),
-            *path.glob("*.py"),
-            *carried_files(path),
-        }
-    )
+def _rotated(model: StreamedModel, options: Options) -> StreamedModel:
+    if options.loss_aware and not model.is_decoder:
+        raise ModelError(
+            f"{type(model.module).__name__} has no language-model head, so there is no loss to be aware of: "
+            "drop --loss-aware"
+        )
+    return rotated(model, seed=options.seed) if options.rotate else model
 
 
-def _facts(model: StreamedModel) -> ModelFacts:
-    return ModelFacts(
-        model_type=model.config.model_type,
-        path=model.path,
-        config=read_config_json(model.path),
-        tensors=model.checkpoint.tensors,
-        linear_names=model.linear_names(),
-        tied_head=model.tied_head,
-        dtype=_loaded_dtype(model),
-    )
-
-
-def _loaded_dtype(model: StreamedModel) -> str:
-    """The type in which transformers loads the model: the config's, else the one that most stored weights have."""
-    for config in (model.config, model.config.get_text_config()):
-        named = str(getattr(config, "dtype", None)).removeprefix("torch.")
-        if named in _SCALE_TYPES:
-            return named
-    stored: Counter[str] = Counter()
-    for info in model.checkpoint.tensors.values():
-        stored[str(info.dtype).removeprefix("torch.")] += info.size_bytes
-    return next((name for name, _ in stored.most_common() if name in _SCALE_TYPES), "float32")
+def _input_files(path: Path, options: Options) -> dict[str, Path]:
+    """What the result depends on, by the name that the recipe gives it."""
+    files: list[Path] = []
+    if path.is_dir():
+        found = {*path.glob("*.safetensors"), *path.glob("*.json"), *path.glob("*.py"), *carried_files(path)}
+        files = sorted(found)
+    first = gguf_of(path)
+    named = {str(file.relative_to(path)): file for file in files}
+    named |= {} if first is None else {file.name: file for file in gguf_parts(first)}
+    return named if options.importance is None else {**named, "--importance": Path(options.importance)}
 
 
 def _plan(draft: Draft, tell: CostTell) -> Plan:
@@ -127,7 +124,7 @@ def _plan(draft: Draft, tell: CostTell) -> Plan:
     elif options.plan is not None:
         plan = given(draft, options.plan)
     elif options.budget is not None:
-        plan = within(draft, problem_of(draft, Measuring(draft, tell)), options.budget)
+        plan = within(draft, problem_of(draft, measuring(draft, tell)), options.budget)
     else:
         plan = uniform(draft)
     plan = Plan(plan.schemes, {**plan.kept, **draft.model.refused}, plan.changed)

@@ -24,13 +24,17 @@ _MEASURED = {"seconds", "peak_memory_bytes"}
 def write_sidecars(job: Job, directory: Path, records: Sequence[SiteRecord]) -> None:
     """Everything beside the weights but the record of the run."""
     carry(job.model.path, carried_files(job.model.path), directory)
-    write_text(directory / "config.json", config_of(job))
+    config = config_of(job)
+    if config is not None:
+        write_text(directory / "config.json", config)
     notes = sum(bool(record.notes) for record in records)
     write_text(directory / "README.md", card_of(job, notes=notes))
 
 
-def config_of(job: Job) -> str:
-    """config.json."""
+def config_of(job: Job) -> str | None:
+    """config.json; None for a GGUF file that came without one."""
+    if not (job.model.path / "config.json").is_file():
+        return None
     quantization = job.container.config(job.plan, job.listed, job.facts, runtime=job.options.runtime)
     changes = job.model.checkpoint.config_changes
     return config_text(job.model.path, quantization, dtype=job.facts.dtype, changes=changes)
@@ -71,6 +75,7 @@ def run_report(job: Job, target: Path, records: Sequence[SiteRecord]) -> RunRepo
         kept=dict(job.plan.kept),
         changed=dict(job.plan.changed),
         fallbacks={record.name: list(record.notes) for record in records if record.notes},
+        notes=list(job.notes),
     )
 
 
@@ -86,6 +91,7 @@ def run_record(
         "recipe": job.recipe,
         "versions": versions(),
         "arithmetic": arithmetic(job),
+        "notes": job.notes,
         "decoded_from": job.model.checkpoint.decoded_from,
         "plan": {
             "schemes": {name: scheme.name for name, scheme in job.plan.schemes.items()},
@@ -95,7 +101,7 @@ def run_record(
         "sites": list(records),
         "fallbacks": {record.name: record.notes for record in records if record.notes},
         "found": found,
-        "unused_tensors": job.model.weights.unused,
+        "unused_tensors": job.model.unused,
         "outputs": outputs,
         "verification": {key: value for key, value in verification.items() if key not in _MEASURED},
     }

@@ -20,9 +20,14 @@ class CalibrationRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything needed to repeat a run; stored inside every output. `inputs` are the hashes of the model's files,
-    `finish` what changed the weights after the solver, `plan` the scheme of each site where they were not all given
-    `scheme`, `budget` what chose them."""
+    """Everything needed to repeat a run; stored inside every output.
+
+    plan         the scheme of each site where they were not all given `scheme`
+    budget       what chose them
+    inputs       hashes of the model's files
+    finish       what changed the weights after the solver
+    importance   the file that stood in place of calibration
+    """
 
     scheme: str
     plan: Mapping[str, str] | None
@@ -43,6 +48,7 @@ class Recipe:
     calibration: CalibrationRecipe | None
     inputs: Mapping[str, str]
     finish: str | None = None
+    importance: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class SiteRecord:
     """How one site fared.
 
     error, error_nearest   tr(E H Eᵀ) / tr(W H Wᵀ) of the result, and of rounding to nearest with the same fit of
-                           scales; H is the identity without data. Over about 64 evenly spaced rows; of a weight that is
-                           solved in parts, the mean of the parts' ratios.
+                           scales; H is the identity without data, diagonal with importances. Over about 64 evenly
+                           spaced rows; of a weight that is solved in parts, the mean of the parts' ratios.
     rows                   calibration rows that the site's own Hessian was made of
     """
 
@@ -84,6 +90,7 @@ class RunReport:
     """What `quantize` returns and prints with --json. Sizes in bytes, times in seconds.
 
     seconds, peak_memory_bytes   without the verification, which has its own in `verification`
+    notes                        of the run as a whole
     leftovers                    work directories beside `out` that runs with other inputs or another recipe left
     """
 
@@ -94,6 +101,7 @@ class RunReport:
     kept: dict[str, str]
     changed: dict[str, str]
     fallbacks: dict[str, list[str]]
+    notes: list[str] = field(default_factory=list)
     size_bytes: int = 0
     budget_bytes: int | None = None
     seconds: float = 0.0

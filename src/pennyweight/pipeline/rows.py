@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from pennyweight.core.parallel import chunks, parallel_map
-from pennyweight.models.base import Checkpoint, Site
-from pennyweight.models.streamed import StreamedModel
+from pennyweight.models.base import Checkpoint, Site, StoredModel
 from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.output import Output
@@ -24,11 +24,18 @@ from pennyweight.solvers.base import Statistics
 _PART = 1 << 22
 # Weights that are solved at a time with data, by all threads: of the size of a large matrix of a block.
 _LARGE_PART = 1 << 26
+_NOTHING = SiteStatistics(Statistics(), 0)
 
 
-def solve_without_data(model: StreamedModel, output: Output, sites: Sequence[Site], chain: Chain) -> list[SiteRecord]:
-    """Sites solved without data: a few rows at a time are read and solved, each part by one thread. The one that comes
-    last writes the site, while others go on: of a block of many experts few are in memory."""
+def solve_without_data(
+    model: StoredModel,
+    output: Output,
+    sites: Sequence[Site],
+    chain: Chain,
+    known: Mapping[str, SiteStatistics] = MappingProxyType({}),
+) -> list[SiteRecord]:
+    """Sites solved without data, or on what is `known` of them: a few rows at a time are read and solved, each part by
+    one thread. The one that comes last writes the site, while others go on: of many experts few are in memory."""
     schemes = output.plan.schemes
     parts = {site.name: _row_parts(site, schemes[site.name], _PART) for site in sites}
     solved: dict[str, dict[int, SolvedSite]] = {site.name: {} for site in sites}
@@ -38,7 +45,7 @@ def solve_without_data(model: StreamedModel, output: Output, sites: Sequence[Sit
         site, number = work
         matrix = stored_matrix(model.checkpoint, site, parts[site.name][number]).to(model.device).contiguous()
         check_finite(matrix, site.tensor)
-        part = solve_site(site, matrix, schemes[site.name], chain, SiteStatistics(Statistics(), 0))
+        part = solve_site(site, matrix, schemes[site.name], chain, known.get(site.name, _NOTHING))
         with lock:
             solved[site.name][number] = part
             if len(solved[site.name]) < len(parts[site.name]):
@@ -55,7 +62,7 @@ def solve_without_data(model: StreamedModel, output: Output, sites: Sequence[Sit
     return [records[site.name] for site in sites]
 
 
-def solve_by_rows(model: StreamedModel, output: Output, site: Site, chain: Chain, found: SiteStatistics) -> SiteRecord:
+def solve_by_rows(model: StoredModel, output: Output, site: Site, chain: Chain, found: SiteStatistics) -> SiteRecord:
     """A site too large to be in memory whole: its rows are read and solved part after part, and then written."""
     scheme = output.plan.schemes[site.name]
 

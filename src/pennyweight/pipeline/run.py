@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from pennyweight.containers.base import Container
 from pennyweight.containers.weight_files import OpenWeightFiles
@@ -23,8 +26,8 @@ from pennyweight.core.memory import give_back_memory, peak_memory_bytes
 from pennyweight.core.parallel import allowed_threads, one_thread_per_operation
 from pennyweight.core.version import versions
 from pennyweight.models import text
-from pennyweight.pipeline.blocks import count_blocks, run_blocks
-from pennyweight.pipeline.chain import Chain
+from pennyweight.pipeline.blind import count_blocks, solve_blocks
+from pennyweight.pipeline.blocks import run_blocks
 from pennyweight.pipeline.collect import Streams
 from pennyweight.pipeline.costs.base import Tell as CostTell
 from pennyweight.pipeline.costs.base import tell_nobody
@@ -95,18 +98,19 @@ def quantize(
     """
     started = time.perf_counter()
     target = check_target(out)
-    job = prepare(model, options, container, hashes, tell=tell_cost)
-    if finish is not None:
-        job = replace(job, recipe=replace(job.recipe, finish=finish.name))
-
-    def write(output: Output, directory: Path, journal: Journal) -> list[SiteRecord]:
-        records = _write_weights(job, output, directory, journal, tell)
+    with tempfile.TemporaryDirectory(prefix="pennyweight-source-") as scratch:
+        job = prepare(model, options, container, hashes, scratch=Path(scratch), tell=tell_cost)
         if finish is not None:
-            _finish(job, output, directory, journal, finish)
-        return records
+            job = replace(job, recipe=replace(job.recipe, finish=finish.name))
 
-    found = {"budget": evidence} if evidence else {}
-    return produce(job, target, write, verify=verify, started=started, found=found)
+        def write(output: Output, directory: Path, journal: Journal) -> list[SiteRecord]:
+            records = _write_weights(job, output, directory, journal, tell)
+            if finish is not None:
+                _finish(job, output, directory, journal, finish)
+            return records
+
+        found = {"budget": evidence} if evidence else {}
+        return produce(job, target, write, verify=verify, started=started, found=found)
 
 
 def produce(
@@ -260,31 +264,36 @@ def _write_weights(job: Job, output: Output, directory: Path, journal: Journal, 
     if "kept" not in journal.finished:
         output.copy_kept(output.kept_tensors(job.listed))
         journal.add("kept", [])
-    chain, embedding = job.options.chain, job.embedding
+    embedding = job.embedding
     records: list[SiteRecord] = []
     if embedding is not None:
         if "embedding" not in journal.finished:
-            found = solve_without_data(job.model, output, [embedding], job.blind)
+            found = solve_without_data(job.model, output, [embedding], job.blind, job.known)
             output.files.flush()
             journal.add("embedding", found)
         records = journal.finished["embedding"]
-    streams = _start(job, output, directory, journal, chain)
-    return [*records, *run_blocks(job.model, output, journal, chain=chain, streams=streams, tell=tell)]
+    if job.windows is None:
+        solved = solve_blocks(job.model, output, journal, chain=job.options.chain, known=job.known, tell=tell)
+    else:
+        streams = _start(job, output, directory, journal, job.windows)
+        solved = run_blocks(job.streamed, output, journal, chain=job.options.chain, streams=streams, tell=tell)
+    return [*records, *solved]
 
 
-def _start(job: Job, output: Output, directory: Path, journal: Journal, chain: Chain) -> Streams | None:
+def _start(job: Job, output: Output, directory: Path, journal: Journal, windows: Tensor) -> Streams | None:
     # What an interrupted run left there.
     shutil.rmtree(directory / _GRADIENTS, ignore_errors=True)
-    if job.windows is None or journal.blocks == count_blocks(job.model, job.plan):
+    model, chain = job.streamed, job.options.chain
+    if journal.blocks == count_blocks(model, job.plan):
         return None
-    batches = text.batches(job.windows)
+    batches = text.batches(windows)
     sensitive = None
     if job.options.loss_aware:
-        has_head = count_blocks(job.model, job.plan) > len(job.model.blocks)
+        has_head = count_blocks(model, job.plan) > len(model.blocks)
         scratch = directory / _GRADIENTS
-        sensitive = sensitivities(job.model, batches, scratch, seed=job.options.seed, has_head=has_head)
+        sensitive = sensitivities(model, batches, scratch, seed=job.options.seed, has_head=has_head)
     embedding = job.embedding
     if embedding is None:
-        return Streams.of(job.model.start(batches), has_original=chain.needs_original, sensitive=sensitive)
-    quantized = job.model.start(batches, embedding=partial(output.embedding_rows, embedding))
-    return Streams(quantized, job.model.start(batches) if chain.needs_original else None, sensitive)
+        return Streams.of(model.start(batches), has_original=chain.needs_original, sensitive=sensitive)
+    quantized = model.start(batches, embedding=partial(output.embedding_rows, embedding))
+    return Streams(quantized, model.start(batches) if chain.needs_original else None, sensitive)

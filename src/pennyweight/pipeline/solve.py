@@ -97,14 +97,15 @@ def _errors(
     compared = [sample, sample - result.dequantize()]
     if has_nearest:
         compared.append(sample - round_to_nearest(sample, result.scheme, result.parameters).dequantize())
-    total, *errors = _energies(torch.stack(compared), stats.hessian)
+    total, *errors = _energies(torch.stack(compared), stats)
     return (errors[0] / total, errors[-1] / total) if total else (0.0, 0.0)
 
 
-def _energies(e: Tensor, hessian: Tensor | None) -> list[float]:
-    """tr(E H Eᵀ) of each E in `e` [n, rows, in], or |E|² without a Hessian; summed in float64 in a fixed order."""
+def _energies(e: Tensor, stats: Statistics) -> list[float]:
+    """tr(E H Eᵀ) of each E in `e` [n, rows, in], of H what is known, else |E|²; summed in float64 in a fixed order."""
+    hessian, weights = stats.hessian, 1.0 if stats.diagonal is None else stats.diagonal.double()
     if hessian is None:
-        return parallel_map(lambda x: float(x.double().square().sum()), list(e))
+        return parallel_map(lambda x: float((x.double().square() * weights).sum()), list(e))
 
     def part(columns: slice) -> Tensor:
         products = matmul_nt(e.flatten(0, 1), hessian[columns]).view(e.shape[0], e.shape[1], -1)

@@ -21,10 +21,12 @@ class Statistics:
 
     hessian   float32 [in, in]: mean of x xᵀ over the calibration tokens, x the input behind the quantized blocks before
     cross     float32 [in, in]: mean of x̃ xᵀ, x̃ the input of the original model for the same token
+    diagonal  float32 [in]: the Hessian's diagonal, where no more of it is known
     """
 
     hessian: Tensor | None = None
     cross: Tensor | None = None
+    diagonal: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def remember(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -37,7 +39,7 @@ class Statistics:
     @property
     def importance(self) -> Tensor | None:
         """The Hessian's diagonal [in]."""
-        return None if self.hessian is None else self.hessian.diagonal()
+        return self.diagonal if self.hessian is None else self.hessian.diagonal()
 
 
 @dataclass(frozen=True)

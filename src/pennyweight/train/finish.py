@@ -54,7 +54,7 @@ class Recovery:
         """
         redo = scratch / _REDO
         if not redo.exists():
-            windows = some_windows(job.model, job.options, job.windows)
+            windows = some_windows(job.streamed, job.options, job.windows)
             recovered = self._recovered(job, output, scratch, windows)
             _save(redo, _changed(job, output, recovered), _findings(recovered, windows))
         return _apply(redo, output)

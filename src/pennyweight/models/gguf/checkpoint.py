@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf.constants import GGMLQuantizationType
 from torch import Tensor, nn
 
-from pennyweight.core.errors import CheckpointError, ModelError
+from pennyweight.core.errors import CheckpointError
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.checkpoint import row_range
 from pennyweight.models.config_json import read_config_json
@@ -21,12 +22,19 @@ from pennyweight.models.gguf.file import GgufFile, GgufTensor, read_gguf
 from pennyweight.models.gguf.places import placed
 from pennyweight.models.gguf.stored import Stored
 from pennyweight.models.gguf.types import BLOCK_TYPES, FLOAT_TYPES, BlockType, FloatType
+from pennyweight.models.gguf_files import first_file
 from pennyweight.models.skeleton import build, read_config
 from pennyweight.schemes import QuantizedWeight
 
 _TYPES: dict[int, BlockType | FloatType] = {
     kind.number: kind for kinds in (BLOCK_TYPES, FLOAT_TYPES) for kind in kinds.values()
 }
+# What lies in a file number by number.
+_PLAIN = {kind.number: kind.dtype for kind in FLOAT_TYPES.values()} | {
+    int(GGMLQuantizationType[name]): dtype
+    for name, dtype in {"F64": torch.float64, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+                        "I64": torch.int64}.items()
+}  # fmt: skip
 # How checkpoints call the matrices of an expert; transformers has them in two parameters.
 _EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -83,10 +91,39 @@ class GgufCheckpoint:
 
         return Coded(kind.scheme, read)
 
+    def stored_info(self, name: str) -> TensorInfo:
+        """The tensor `name` as it lies in the file: floats and integers as they are, blocks as rows of bytes."""
+        place, tensor = self.places[name]
+        shape = tensor.shape if place.expert is None else tensor.shape[1:]
+        dtype = _PLAIN.get(tensor.type_number)
+        if dtype is not None:
+            return TensorInfo(dtype, shape)
+        rows, size = math.prod(shape[:-1]), tensor.size_bytes // (1 if place.expert is None else tensor.shape[0])
+        return TensorInfo(torch.uint8, (rows, size // max(1, rows)))
+
+    def stored(self, name: str, part: slice | None = None) -> Tensor:
+        """The same, or rows of its first axis, byte for byte."""
+        info, (place, tensor) = self.stored_info(name), self.places[name]
+        begin, shape = (place.expert or 0) * info.size_bytes, info.shape
+        if part is not None:
+            first, last = row_range(name, shape, part)
+            begin += first * (info.size_bytes // max(1, shape[0]))
+            shape = (last - first, *shape[1:])
+        size = TensorInfo(info.dtype, shape).size_bytes
+        return tensor.read(begin, begin + size).view(info.dtype).reshape(shape)
+
+
+def is_decoded(tensor: GgufTensor) -> bool:
+    """Whether its type is one that `decoded_rows` knows."""
+    return tensor.type_number in _TYPES
+
 
 def decoded_rows(tensor: GgufTensor, rows: slice) -> Tensor:
     """`rows` of a tensor, all axes but the last counted as one, as they lie in the file; blocks as float32."""
-    kind, width = _TYPES[tensor.type_number], tensor.shape[-1]
+    if not is_decoded(tensor):
+        name = GGMLQuantizationType(tensor.type_number).name
+        raise CheckpointError(f"{tensor.file}: {tensor.name} is {name}; decoded are {', '.join(BLOCK_TYPES)}")
+    kind, width = _TYPES[tensor.type_number], tensor.shape[-1] if tensor.shape else 1
     each = tensor.size_bytes // max(1, math.prod(tensor.shape[:-1]))
     raw = tensor.read(rows.start * each, rows.stop * each)
     if isinstance(kind, FloatType):
@@ -100,18 +137,27 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     Raises ModelError where there is no such file or several, and CheckpointError where it is damaged or does not hold
     what the config asks for.
     """
-    file = read_gguf(gguf_file(path))
-    config = read_config_json(path)
-    family, hyper = family_of(config), hyperparameters(config)
-    named = _names(build(read_config(path)), expert_count(hyper), is_mixtral=config.get("model_type") == "mixtral")
-    tokens = file.fields["tokenizer.ggml.tokens"].count if "tokenizer.ggml.tokens" in file.fields else None
-    places = placed(family, hyper, named, tokens=tokens or 0).places
-    found = {name: (place, _found(file, name, place)) for name, (place,) in places.items()}
-    quantized = sorted({_TYPES[tensor.type_number].name for _, tensor in found.values()} & set(BLOCK_TYPES))
+    file = read_gguf(first_file(path))
+    return checkpoint_of(path, file, model_places(path, file))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of some `shape`, and where a file has it."""
+
+    shape: tuple[int, ...]
+    place: Stored
+
+
+def checkpoint_of(path: Path, file: GgufFile, wanted: Mapping[str, Placed]) -> GgufCheckpoint:
+    """The tensors of `file` by the names in `wanted`; raises CheckpointError for one that it does not have so."""
+    found = {name: (one.place, _found(file, name, one.place)) for name, one in wanted.items()}
+    numbers = {tensor.type_number for _, tensor in found.values()}
+    quantized = sorted(GGMLQuantizationType(number).name for number in numbers - _PLAIN.keys())
     return GgufCheckpoint(
         path=path,
         file=file,
-        tensors={name: TensorInfo(_dtype(tensor), named[name].shape) for name, (_, tensor) in found.items()},
+        tensors={name: TensorInfo(_dtype(tensor), wanted[name].shape) for name, (_, tensor) in found.items()},
         weight_files=list(file.files),
         places=found,
         decoded_from=f"GGUF: {', '.join(quantized)}" if quantized else None,
@@ -119,19 +165,19 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     )
 
 
+def model_places(path: Path, file: GgufFile) -> dict[str, Placed]:
+    """Where `file` has each tensor of the model whose config.json lies in `path`, by the names that transformers' own
+    checkpoints give them. Raises ContainerError for a model whose GGUF names are not known here."""
+    config = read_config_json(path)
+    family, hyper = family_of(config), hyperparameters(config)
+    named = _names(build(read_config(path)), expert_count(hyper), is_mixtral=config.get("model_type") == "mixtral")
+    tokens = file.fields["tokenizer.ggml.tokens"].count if "tokenizer.ggml.tokens" in file.fields else None
+    places = placed(family, hyper, named, tokens=tokens or 0).places
+    return {name: Placed(named[name].shape, place) for name, (place,) in places.items()}
+
+
 def _dtype(tensor: GgufTensor) -> torch.dtype:
-    kind = _TYPES[tensor.type_number]
-    return kind.dtype if isinstance(kind, FloatType) else torch.float32
-
-
-def gguf_file(path: Path) -> Path:
-    """The GGUF file in the directory `path`, or the first of its parts; raises ModelError for none or several."""
-    files = sorted(path.glob("*.gguf"))
-    first = [file for file in files if "-of-" not in file.stem or file.stem.split("-of-")[0].endswith("-00001")]
-    if len(first) != 1:
-        names = ", ".join(file.name for file in files) or "none"
-        raise ModelError(f"{path}: one GGUF file is expected in it, {names} found: leave one, with all its parts")
-    return first[0]
+    return _PLAIN.get(tensor.type_number, torch.float32)
 
 
 def _names(module: nn.Module, experts: int, *, is_mixtral: bool) -> dict[str, TensorInfo]:
@@ -156,10 +202,6 @@ def _found(file: GgufFile, name: str, place: Stored) -> GgufTensor:
     tensor = file.tensors.get(place.tensor)
     if tensor is None:
         raise CheckpointError(f"{file.files[0]}: has no tensor {place.tensor!r} for {name}: it is of another model")
-    if tensor.type_number not in _TYPES:
-        raise CheckpointError(
-            f"{file.files[0]}: {place.tensor} is of a type that is not read: give one of {', '.join(BLOCK_TYPES)}"
-        )
     own = tensor.shape if place.expert is None else tensor.shape[1:]
     if math.prod(own) != math.prod(place.shape):
         raise CheckpointError(

@@ -13,11 +13,14 @@ from typing import Any
 import gguf
 from torch import Tensor
 
+from pennyweight.core.errors import CheckpointError
 from pennyweight.models.base import TensorInfo
+from pennyweight.models.gguf.checkpoint import GgufCheckpoint
 from pennyweight.models.gguf.families import Family, check, expert_count, family_of, hyperparameters
 from pennyweight.models.gguf.fields import FieldValue
 from pennyweight.models.gguf.from_writer import fields_of
 from pennyweight.models.gguf.general import add_general
+from pennyweight.models.gguf.model import architecture_of
 from pennyweight.models.gguf.places import placed, shapes_of
 from pennyweight.models.gguf.rope import Hyper, llama3_factors, longrope_factors
 from pennyweight.models.gguf.stored import Stored
@@ -35,6 +38,7 @@ class Conversion:
     extra         float32 tensors that no checkpoint has; they come first in the file
     shapes        shape of every GGUF tensor, outermost axis first
     experts       of a layer, 0 where there are none
+    source        the GGUF file that it was before, whose tensors stay byte for byte where they are not quantized
     """
 
     architecture: str
@@ -44,6 +48,29 @@ class Conversion:
     extra: Mapping[str, Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     experts: int
+    source: GgufCheckpoint | None = None
+
+
+def same_file(source: GgufCheckpoint) -> Conversion:
+    """A model that comes from a GGUF file and stays one: all that the file says, and all its tensors in their order.
+
+    Raises CheckpointError where it has tensors that `source` does not name.
+    """
+    file = source.file
+    named = {tensor.name for _, tensor in source.places.values()}
+    missing = [name for name in file.tensors if name not in named]
+    if missing:
+        raise CheckpointError(f"{file.files[0]}: {missing[0]} is not known of this model")
+    return Conversion(
+        architecture=architecture_of(file),
+        fields=file.fields,
+        places={name: (place,) for name, (place, _) in source.places.items()},
+        dropped={},
+        extra={},
+        shapes={name: tensor.shape for name, tensor in file.tensors.items()},
+        experts=0,
+        source=source,
+    )
 
 
 def conversion(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Conversion:
@@ -58,7 +85,7 @@ def conversion(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
     vocabulary = read_vocabulary(path, vocab_size=int(hyper["vocab_size"]), has_prefix=family.has_prefix)
     found = placed(family, hyper, tensors, tokens=len(vocabulary.tokens))
     experts = expert_count(hyper)
-    extra = _extra(family, hyper)
+    extra = extra_tensors(family, hyper)
     shapes = {name: tuple(tensor.shape) for name, tensor in extra.items()}
     shapes.update(shapes_of(found.places, experts=experts))
     architecture = gguf.MODEL_ARCH_NAMES[family.arch]
@@ -69,7 +96,8 @@ def conversion(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
     return Conversion(architecture, fields_of(writer), found.places, found.dropped, extra, shapes, experts)
 
 
-def _extra(family: Family, hyper: Hyper) -> dict[str, Tensor]:
+def extra_tensors(family: Family, hyper: Hyper) -> dict[str, Tensor]:
+    """By name the float32 tensors that say how rope is scaled, of which no checkpoint has any."""
     kind = gguf.MODEL_TENSOR
     found: dict[gguf.MODEL_TENSOR, Tensor] = {}
     freqs = llama3_factors(hyper)
