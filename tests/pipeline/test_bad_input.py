@@ -164,7 +164,10 @@ def test_a_tokenizer_of_another_model(mine: Path, tmp_path: Path) -> None:
         (dict(scheme="int4"), "'int4' is not the name of a scheme"),
         (dict(scheme="int9-g32"), "int9"),
         (dict(solver="magic"), "'magic' is not one of the solvers: gptaq, gptq, gptq-refined"),
-        (dict(runtime="abacus"), "--for abacus: not a runtime that is supported; choose from transformers, vllm"),
+        (
+            dict(runtime="abacus"),
+            "--for abacus: not a runtime that is supported; choose from llama.cpp, ",
+        ),
         (dict(effort="utmost"), "--effort utmost: give fast, normal, best"),
         (dict(refine="magic"), "'magic' is not one of the solvers.learned"),
         (dict(calibration="none", recover=True), "--recover needs calibration data"),

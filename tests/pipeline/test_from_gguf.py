@@ -19,7 +19,7 @@ from pennyweight.core.errors import CheckpointError, ContainerError, DataError, 
 from pennyweight.evaluate.verify import verify
 from pennyweight.models.gguf.fields import FieldValue
 from pennyweight.models.gguf.file import read_gguf
-from pennyweight.models.gguf.imatrix import Importance, write_imatrix
+from pennyweight.models.gguf.imatrix import Importance, read_imatrix, write_imatrix
 from pennyweight.models.gguf.layout import split_layout
 from pennyweight.models.gguf.types import BLOCK_TYPES
 from pennyweight.pipeline.imatrix import imatrix
@@ -143,15 +143,19 @@ def _matrix(path: Path, *, legacy: bool) -> dict[str, torch.Tensor]:
 def test_importances_reach_the_scales_of_each_expert(tmp_path: Path, legacy: bool) -> None:
     source = odd_model(tmp_path / "odd.gguf")
     made = _matrix(tmp_path / "imatrix", legacy=legacy)
+    # What a file says: means went through a product and a quotient.
+    entries = read_imatrix(tmp_path / "imatrix")
+    said = {name: entries[name].values.reshape(values.shape) for name, values in made.items()}
     options = replace(BLIND, calibration=None, importance=str(tmp_path / "imatrix"))
     report = quantize(str(source), tmp_path / "out", options)
     old, new = _tensors(source), _tensors(tmp_path / "out" / "model.gguf")
     scheme = parse_scheme("q4_k")
     for name, importance in made.items():
+        assert torch.allclose(importance, said[name])
         matrices = torch.tensor(old[name].data.astype(np.float32)).reshape(len(importance), -1, 256)
         expected = [
             BLOCK_TYPES["Q4_K"].pack(Nearest().solve(w, scheme, Statistics(torch.diag(one))).weight)
-            for w, one in zip(matrices, importance, strict=True)
+            for w, one in zip(matrices, said[name], strict=True)
         ]
         blind = [BLOCK_TYPES["Q4_K"].pack(Nearest().solve(w, scheme, Statistics()).weight) for w in matrices]
         assert bytes(new[name].data) == bytes(torch.cat(expected).numpy())

@@ -255,7 +255,10 @@ class Gguf(Container):
         types = {self._tensor(f"{site}.weight"): _known(scheme).name for site, scheme in plan.schemes.items()}
         for name in PRESETS:
             for has_data in (True, False):
-                found = preset_types(name, self.model, has_data=has_data)
+                try:
+                    found = preset_types(name, self.model, has_data=has_data)
+                except ContainerError:
+                    return None
                 if types == {tensor: kind for tensor, kind in found.items() if kind is not None}:
                     return name
         return None

@@ -43,7 +43,8 @@ def open_source(path: Path, options: Options, container: Container, scratch: Pat
     quantized with the importances of the options, or with none. Raises the PennyweightError that fits.
     """
     first = gguf_of(path)
-    if first is None:
+    # What was written for llama.cpp lies beside a config.json, and needs no other description.
+    if first is None or (scratch is None and (path / "config.json").is_file()):
         return Source(StreamedModel(path, trust_remote_code=options.trust_remote_code, device=options.device), options)
     from pennyweight.models.gguf.file import read_gguf
     from pennyweight.models.gguf.model import open_model

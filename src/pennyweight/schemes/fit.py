@@ -97,7 +97,8 @@ def _per_weight(importance: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> T
     all groups where spans of them share a parent."""
     if tuple(importance.shape) != shape[1:]:
         raise ShapeError(f"importance of shape {tuple(importance.shape)} for {shape[1]} columns: give one for each")
-    columns = importance.float().reshape(1, -1, scheme.group_size(shape[1]))
+    # Contiguous: a mean over the diagonal of a matrix adds in another order.
+    columns = importance.float().contiguous().reshape(1, -1, scheme.group_size(shape[1]))
     with one_thread_per_operation():
         mean = columns.mean(-1, keepdim=True)
     # Each group by itself: beside one column of huge importance all others would count alike. A column that

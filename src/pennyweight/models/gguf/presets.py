@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pennyweight.core.errors import ContainerError
 from pennyweight.models.gguf.conversion import Conversion
 from pennyweight.models.gguf.types import BLOCK_TYPES
 
@@ -120,6 +121,8 @@ def preset_types(name: str, model: Conversion, *, has_data: bool) -> dict[str, s
     """The type of each tensor of `model` in the mix `name` of PRESETS: ggml's name of it, None where it stays in float.
 
     has_data  whether importance is known, which changes a few types
+
+    Raises ContainerError for a model whose metadata do not say what the mixes depend on.
     """
     facts = _facts(model, has_data=has_data)
     return {
@@ -129,14 +132,23 @@ def preset_types(name: str, model: Conversion, *, has_data: bool) -> dict[str, s
 
 
 def _facts(model: Conversion, *, has_data: bool) -> _Model:
-    layers, heads, heads_kv = (
-        int(model.fields[f"{model.architecture}.{key}"].value)
-        for key in ("block_count", "attention.head_count", "attention.head_count_kv")
-    )
+    layers, heads = (_number(model, key) for key in ("block_count", "attention.head_count"))
+    heads_kv = _number(model, "attention.head_count_kv", heads)
     is_70b = layers == _LAYERS_OF_70B and (
         model.architecture == "qwen2" or (model.architecture == "llama" and model.experts != 8 and heads != heads_kv)
     )
     return _Model(layers, heads // heads_kv, model.experts, is_70b, "output.weight" not in model.shapes, has_data)
+
+
+def _number(model: Conversion, key: str, otherwise: int | None = None) -> int:
+    field = model.fields.get(f"{model.architecture}.{key}")
+    value = otherwise if field is None else field.value
+    if not isinstance(value, int) or value < 1:
+        raise ContainerError(
+            f"{model.architecture}.{key}: {value} given, the mixes of llama.cpp's quantizer depend on a number above 0 "
+            "there: give a scheme, a size or a plan file"
+        )
+    return value
 
 
 def _is_quantized(tensor: str, shape: tuple[int, ...]) -> bool:
@@ -154,8 +166,9 @@ def _wanted(name: str, tensor: str, shape: tuple[int, ...], model: _Model) -> st
         return "Q8_0" if mix.own == "Q8_0" or shape[-1] % BLOCK_TYPES[mix.own].weights else "Q6_K"
     if tensor == "token_embd.weight":
         return mix.embedding or mix.own
-    _, layer, part = tensor.removesuffix(".weight").split(".", 2)
-    return _of_layer(mix, part, int(layer), model) or mix.own
+    block, _, rest = tensor.removesuffix(".weight").partition(".")
+    layer, _, part = rest.partition(".")
+    return (_of_layer(mix, part, int(layer), model) if block == "blk" and layer.isdecimal() else None) or mix.own
 
 
 def _of_layer(mix: _Mix, part: str, layer: int, model: _Model) -> str | None:
