@@ -14,6 +14,7 @@ windows can promise that with smaller plans.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.results_file import ROOT, cache, circumstances, heading, note, save, table
 from benchmarks.subjects import DEMO
@@ -56,8 +58,8 @@ _LENGTH = 512
 _CHARACTERS = 350_000
 # Plans whose predicted loss is between these multiples of the limit are made, every so many first; then all those whose
 # loss, going by these, is between the other two.
-_LEAST, _MOST, _STRIDE = 0.4, 8.0, 8
-_NEAR = (0.65, 1.35)
+_LEAST, _MOST, _STRIDE = 0.2, 8.0, 8
+_NEAR = (0.4, 1.35)
 # Standard errors of the rules; a seer's last.
 _IN_FORCE, _SEER = "2.33", "seer"
 RULES = {_IN_FORCE: 2.33, "2": 2.0, "1.645": 1.645, _SEER: 1.645}
@@ -109,6 +111,31 @@ class Judged:
     scores: list[WindowScores]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Plans that were judged before, by size, in a file of benchmarks/.cache: for the same model, windows and code."""
+
+    file: Path
+    plans: dict[int, Judged]
+
+    @classmethod
+    def of(cls, model: Path, windows: Tensor) -> _Kept:
+        code = sorted((ROOT / "src" / "pennyweight").rglob("*.py"))
+        parts = [path.read_bytes() for path in (*sorted(model.glob("*.safetensors")), *code)]
+        key = hashlib.sha256(b"".join([*parts, windows.numpy().tobytes()])).hexdigest()[:16]
+        file = cache("loss-budgets") / f"{key}.json"
+        read = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        plans = [
+            Judged(one["size_bytes"], one["predicted"], [WindowScores(**score) for score in one["scores"]])
+            for one in read
+        ]
+        return cls(file, {plan.size_bytes: plan for plan in plans})
+
+    def add(self, plan: Judged) -> None:
+        self.plans[plan.size_bytes] = plan
+        self.file.write_text(json.dumps([asdict(one) for one in self.plans.values()]), encoding="utf-8")
+
+
 def judged_plans(text: Text, tokens: int, work: Path) -> list[Judged]:
     """The plans near the limits, from small to large."""
     options = Options(calibration=text.calibration, length=_LENGTH, effort="fast")
@@ -121,14 +148,19 @@ def judged_plans(text: Text, tokens: int, work: Path) -> list[Judged]:
     points = problem.frontier.points
     limits = LIMITS[text.name]
     least, most = (pick(limit.value for limit in limits) for pick in (min, max))
+    kept = _Kept.of(text.path, windows)
     found: dict[int, Judged] = {}
 
     def judge(index: int) -> None:
         point, out = points[index], work / "plan"
+        if point.size_bytes in kept.plans:
+            found[index] = kept.plans[point.size_bytes]
+            return
         shutil.rmtree(out, ignore_errors=True)
         entries = PlanEntries("a plan of the frontier", problem.plan(problem.frontier.schemes(point)).names)
         quantize(str(text.path), out, replace(options, plan=entries))
         found[index] = Judged(point.size_bytes, point.cost, compare(StreamedModel(out), draft.model, windows))
+        kept.add(found[index])
         seen = "; ".join(f"{limit}: {bounded(found[index].scores, limit)[0]:.4g}" for limit in limits)
         note(f"  {point.size_bytes:,} bytes: predicted {point.cost:.4g}, {seen}")
 
@@ -254,8 +286,6 @@ def main() -> None:
         note(name)
         with tempfile.TemporaryDirectory(dir=cache(), prefix="budgets-") as directory:
             plans = judged_plans(MODELS[name](arguments.data, Path(directory)), max(tokens), Path(directory))
-        kept = json.dumps([asdict(plan) for plan in plans])
-        (cache("loss-budgets") / f"{name}.json").write_text(kept, encoding="utf-8")
         found += [
             outcome(name, plans, limit, rule, number) for limit in LIMITS[name] for number in tokens for rule in RULES
         ]
