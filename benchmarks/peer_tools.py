@@ -44,11 +44,13 @@ class PeerRun:
 
 @dataclass(frozen=True)
 class Peer:
-    """tool: its name, and that of its environment. package: of its runner. depends_on: what its results depend on."""
+    """tool: its name, and that of its environment. package: of its runner. depends_on: what its results depend on.
+    program: module of the runner."""
 
     tool: str
     package: str
     depends_on: tuple[str, ...]
+    program: str = "run"
 
     @property
     def python(self) -> Path:
@@ -56,7 +58,7 @@ class Peer:
 
     @property
     def runner(self) -> Path:
-        return ROOT / "benchmarks" / "peers" / self.package / "run.py"
+        return ROOT / "benchmarks" / "peers" / self.package / f"{self.program}.py"
 
     def why_not(self) -> str | None:
         """Why the peer cannot be run here, or None."""
@@ -94,7 +96,7 @@ class Peer:
         return (self._place(model, scheme=scheme, solver=solver, tokens=tokens) / "run.json").exists()
 
     def _run(self, model: Path, out: Path, *, scheme: str, solver: str, tokens: Path | None) -> Measured:
-        command = [self.python, "-m", f"benchmarks.peers.{self.package}.run", model, out]
+        command = [self.python, "-m", f"benchmarks.peers.{self.package}.{self.program}", model, out]
         command += ["--scheme", scheme, "--solver", solver]
         if tokens is not None:
             command += ["--tokens", tokens]
@@ -127,5 +129,7 @@ LLM_COMPRESSOR = Peer(
     "llm-compressor", "llm_compressor", ("llmcompressor", "compressed-tensors", "transformers", "torch")
 )
 AUTO_ROUND = Peer("auto-round", "auto_round", ("auto-round", "transformers", "torch"))
+# Its plans, which have average bits in place of a scheme; no tool of the quality table.
+AUTO_SCHEME = Peer("auto-round", "auto_round", AUTO_ROUND.depends_on, program="scheme")
 HQQ = Peer("hqq", "hqq", ("hqq", "transformers", "torch"))
 PEERS = {peer.tool: peer for peer in (LLM_COMPRESSOR, AUTO_ROUND, HQQ)}

@@ -4,7 +4,7 @@
 
 The shipped model, embeddings as they are on both sides. Each uniform scheme, and each heuristic mix (first and last
 block and all down projections in the higher of two schemes), is quantized and judged; then the best plan that takes no
-more bytes of tensors. How exactly sizes are met, and what a second budget takes, stand below.
+more bytes of tensors.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.judges import DecoderJudge, Score, paired
-from benchmarks.results_file import ROOT, cache, circumstances, heading, note, project_environment, save, table
+from benchmarks.judges import Score, paired
+from benchmarks.results_file import cache, circumstances, heading, note, project_environment, save, table
+from benchmarks.subjects import Subject, demo
 
-_MODEL = ROOT / "src" / "pennyweight" / "demo_model"
 UNIFORM = ("int2-g64", "int2-g32", "int3-g128", "int3-g64", "int3-g32", "int4-g128", "int4-g32", "int5-g128")
 # The lower and the higher scheme of a mix.
 HEURISTIC = (("int2-g64", "int3-g64"), ("int2-g64", "int4-g64"), ("int3-g128", "int4-g128"), ("int4-g128", "int5-g128"))
 # What is asked of KL(plan) / KL(other).
 ASKED = {"uniform": 0.85, "heuristic": 0.9}
-_SIZES = 10
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,21 @@ class Pair:
         return self.plan_loss / self.loss
 
 
-def pairs(judge: DecoderJudge, effort: str, work: Path) -> Iterator[Pair]:
+def pairs(quantizer: Quantizer, effort: str) -> Iterator[Pair]:
     """Every uniform scheme and every heuristic beside its plan."""
     others = [("uniform", name, ["--scheme", name]) for name in UNIFORM]
-    others += [("heuristic", f"{low} and {high}", _promoted(low, high)) for low, high in HEURISTIC]
+    others += [("heuristic", f"{low} and {high}", _promoted(quantizer, low, high)) for low, high in HEURISTIC]
     for kind, name, options in others:
-        report, score = _made(judge, [*options, "--effort", effort], work)
-        size = _tensor_bytes(score)
-        # Budgets are cut to whole bytes: half a byte more meets the size itself.
-        _, plan_score = _made(judge, ["--bpw", repr(8 * (size + 0.5) / _weights()), "--effort", effort], work)
+        report, score = quantizer.made([*options, "--effort", effort])
+        size = quantizer.tensor_bytes(score)
+        _, plan_score = quantizer.made([*quantizer.within(size), "--effort", effort])
         mean, error = paired(plan_score, score, factor=ASKED[kind])
         found = Pair(
             kind,
             name,
             report["bpw_sites"],
             size,
-            _tensor_bytes(plan_score),
+            quantizer.tensor_bytes(plan_score),
             score.mean_and_error[0],
             plan_score.mean_and_error[0],
             (-mean, error),
@@ -78,82 +75,57 @@ def pairs(judge: DecoderJudge, effort: str, work: Path) -> Iterator[Pair]:
         yield found
 
 
-def _promoted(low: str, high: str) -> list[str]:
+def _promoted(quantizer: Quantizer, low: str, high: str) -> list[str]:
     from pennyweight.models.streamed import StreamedModel
 
-    last = len(StreamedModel(_MODEL).blocks) - 1
+    last = len(StreamedModel(quantizer.subject.path).blocks) - 1
     globs = ("*.down_proj", "model.layers.0.*", f"model.layers.{last}.*")
     return ["--scheme", low, *(part for glob in globs for part in ("--at", f"{glob}={high}"))]
 
 
-def _made(judge: DecoderJudge, options: Sequence[str], work: Path) -> tuple[dict[str, Any], Score]:
-    out = work / "artefact"
-    shutil.rmtree(out, ignore_errors=True)
-    report = _command(["quantize", str(_MODEL), "--out", str(out), *options, "--verify", "none"])
-    return report, judge.score(out)
+@dataclass(frozen=True)
+class Quantizer:
+    """Quantizes the model of `subject` in the directory `work`, and judges. weights: how many the model has."""
+
+    subject: Subject
+    work: Path
+    weights: int
+
+    @classmethod
+    def of(cls, subject: Subject, work: Path) -> Quantizer:
+        from pennyweight.models.streamed import StreamedModel
+        from pennyweight.pipeline.sizes import weight_count
+
+        return cls(subject, work, weight_count(StreamedModel(subject.path)))
+
+    def made(self, options: Sequence[str]) -> tuple[dict[str, Any], Score]:
+        """What the run reports of an artefact, and how far it is from the original."""
+        out = self.work / "artefact"
+        shutil.rmtree(out, ignore_errors=True)
+        report = command(["quantize", str(self.subject.path), "--out", str(out), *options, "--verify", "none"])
+        return report, self.subject.judge.score(out)
+
+    def within(self, size_bytes: int) -> list[str]:
+        """Options for a plan whose tensors take at most so many bytes."""
+        # Budgets are cut to whole bytes: half a byte more meets the size itself.
+        return ["--bpw", repr(8 * (size_bytes + 0.5) / self.weights)]
+
+    def tensor_bytes(self, score: Score) -> int:
+        """Bytes of all tensors of what was judged."""
+        return round(score.sizes.bpw * self.weights / 8)
 
 
-def _command(arguments: Sequence[str]) -> dict[str, Any]:
+def command(arguments: Sequence[str]) -> dict[str, Any]:
     """What `pennyweight ... --json` answers."""
-    command = [sys.executable, "-m", "pennyweight.cli.main", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=project_environment(), check=False)
+    words = [sys.executable, "-m", "pennyweight.cli.main", *arguments, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, env=project_environment(), check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-500:]}")
+        raise RuntimeError(f"{' '.join(words)}: {done.stderr[-500:]}")
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
 
-def _weights() -> int:
-    from pennyweight.models.streamed import StreamedModel
-    from pennyweight.pipeline.sizes import weight_count
-
-    return weight_count(StreamedModel(_MODEL))
-
-
-def _tensor_bytes(score: Score) -> int:
-    return round(score.sizes.bpw * _weights() / 8)
-
-
-@dataclass(frozen=True)
-class Met:
-    """A size that was asked of the whole output, and what was written."""
-
-    asked: int
-    written: int
-
-
-def sizes(work: Path) -> tuple[list[Met], float, float]:
-    """Sizes from the smallest plan to 8 bits of all tensors; seconds of the first budget and of a second one."""
-    begun = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=work) as directory:
-        copy = Path(directory) / "model"
-        shutil.copytree(_MODEL, copy, ignore=shutil.ignore_patterns(".pennyweight"))
-        first = _command(["plan", str(copy), "--bpw", "5"])
-        seconds = time.perf_counter() - begun
-        begun = time.perf_counter()
-        _command(["plan", str(copy), "--bpw", "6"])
-        again = time.perf_counter() - begun
-        smallest = first["smallest_bytes"] + _beside(work, first["smallest_bytes"])
-        largest = _weights()
-        met = []
-        for step in range(_SIZES):
-            asked = int(smallest + step / (_SIZES - 1) * (largest - smallest))
-            out = work / "sized"
-            shutil.rmtree(out, ignore_errors=True)
-            options = ["--size", str(asked), "--solver", "nearest", "--verify", "none"]
-            report = _command(["quantize", str(copy), "--out", str(out), *options])
-            met.append(Met(asked, report["size_bytes"]))
-            note(f"  size {asked:,}: {report['size_bytes']:,}")
-    return met, seconds, again
-
-
-def _beside(work: Path, tensors: int) -> int:
-    """A bound for what lies beside the tensors."""
-    carried = sum((_MODEL / name).stat().st_size for name in ("tokenizer.json", "held-out.txt"))
-    return carried + 60_000
-
-
-def markdown(facts: dict[str, Any], found: Sequence[Pair], met: Sequence[Met], first: float, again: float) -> str:
+def markdown(facts: dict[str, Any], found: Sequence[Pair]) -> str:
     """The result to read."""
     head = ["beside", "bits of sites", "bytes", "plan's bytes", "KL", "plan's KL", "ratio", "asked", "holds", "margin"]
     rows = [
@@ -164,17 +136,13 @@ def markdown(facts: dict[str, Any], found: Sequence[Pair], met: Sequence[Met], f
         ]
         for pair in found
     ]  # fmt: skip
-    sized = [[f"{one.asked:,}", f"{one.written:,}", f"{100 * (1 - one.written / one.asked):.2f} %"] for one in met]
     return "\n".join(
         [
             heading("Plans", facts),
             "## Loss at the same bytes\n",
             table(head, rows),
             "\n- bytes of all tensors; KL: mean over held-out.txt, windows of 512 tokens.",
-            "- margin: mean over windows of (asked x other - plan), in its own standard errors.\n",
-            "## Sizes of the whole output\n",
-            table(["asked", "written", "left"], sized),
-            f"\nThe first budget took {first:.1f} s with the measuring of costs, a second one {again:.1f} s.",
+            "- margin: mean over windows of (asked x other - plan), in its own standard errors.",
             "",
         ]
     )
@@ -189,12 +157,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     facts = circumstances("benchmarks.plans")
-    judge = DecoderJudge(_MODEL, _MODEL / "held-out.txt", length=512, samples=None)
     with tempfile.TemporaryDirectory(dir=cache(), prefix="plans-") as directory:
-        found = list(pairs(judge, arguments.effort, Path(directory)))
-        met, first, again = sizes(Path(directory))
-    content = {**facts, "effort": arguments.effort, "pairs": found, "sizes": met, "first": first, "again": again}
-    save("plans", content, markdown(facts, found, met, first, again), out=arguments.out)
+        work = Path(directory)
+        subject = demo(work, work)
+        if isinstance(subject, str):
+            raise SystemExit(subject)
+        found = list(pairs(Quantizer.of(subject, work), arguments.effort))
+    content = {**facts, "effort": arguments.effort, "pairs": found}
+    save("plans", content, markdown(facts, found), out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.judges import DecoderJudge, Judge, SentenceJudge, read_pairs
 from benchmarks.results_file import ROOT
 
-_DEMO = ROOT / "src" / "pennyweight" / "demo_model"
+DEMO = ROOT / "src" / "pennyweight" / "demo_model"
 _SEPARATOR = "<|endoftext|>"
 
 
@@ -35,11 +35,11 @@ class Subject:
 
 def demo(data: Path, work: Path) -> Subject | str:
     """The shipped model, or why it cannot be measured."""
-    if not (_DEMO / "model.safetensors").exists():
+    if not (DEMO / "model.safetensors").exists():
         return "src/pennyweight/demo_model holds no model"
     return Subject(
         name="demo",
-        path=_DEMO,
+        path=DEMO,
         widths={
             "symmetric": ("int8-g128", "int4-g128", "int3-g128", "int2-g64"),
             "asymmetric": ("int4-g128", "int3-g128", "int2-g64"),
@@ -52,7 +52,7 @@ def demo(data: Path, work: Path) -> Subject | str:
         judged_on="held-out.txt of the model, windows of 512 tokens",
         samples=128,
         length=512,
-        judge=DecoderJudge(_DEMO, _DEMO / "held-out.txt", length=512, samples=None),
+        judge=DecoderJudge(DEMO, DEMO / "held-out.txt", length=512, samples=None),
     )
 
 

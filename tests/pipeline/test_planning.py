@@ -13,7 +13,9 @@ from safetensors import safe_open
 
 from pennyweight.core.errors import BudgetError, ContainerError, UsageError
 from pennyweight.core.registry import find
+from pennyweight.pipeline.beside import output_bytes
 from pennyweight.pipeline.costs.base import DEFAULT_COST
+from pennyweight.pipeline.job import Draft
 from pennyweight.pipeline.measuring import Measuring
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.planning import Problem, problem_of, within
@@ -100,6 +102,33 @@ def test_a_size_below_the_smallest_plan_says_what_that_is_and_what_would_help(ll
     least = problem.frontier.points[0].size_bytes
     with pytest.raises(BudgetError, match=f"the smallest plan takes {least:,} bytes"):
         within(draft, problem, Budget("bpw", 0.1))
+
+
+@pytest.mark.parametrize("asked", [1, 130_000])
+def test_the_smallest_size_that_is_named_is_the_smallest_that_can_be_had(llama: Path, asked: int) -> None:
+    def drafted_for(size: int) -> Draft:
+        return drafted(str(llama), replace(BLIND, budget=Budget("size", size)), None)
+
+    draft = drafted_for(asked)
+    problem = problem_of(draft, _by_bits)
+    with pytest.raises(BudgetError) as caught:
+        within(draft, problem, Budget("size", asked))
+    least = caught.value.smallest
+    plan = within(drafted_for(least), problem, Budget("size", least))
+    assert problem.of(plan)[0] == problem.frontier.points[0].size_bytes
+    with pytest.raises(BudgetError):
+        within(drafted_for(least - 1), problem, Budget("size", least - 1))
+
+
+def test_every_size_that_can_be_had_is_met(llama: Path) -> None:
+    one = Budget("size", 1)
+    draft, problem = drafted(str(llama), replace(BLIND, budget=one), None), _problem(llama)
+    with pytest.raises(BudgetError) as caught:
+        within(draft, problem, one)
+    for size in range(caught.value.smallest, caught.value.smallest * 5 // 4, 487):
+        budget = Budget("size", size)
+        sized = replace(draft, options=replace(BLIND, budget=budget))
+        assert output_bytes(sized.job(within(sized, problem, budget))) <= size
 
 
 def test_the_default_cost_is_measured_once_and_kept_for_other_budgets(

@@ -128,17 +128,18 @@ class _Judge:
         return trial
 
 
-def bounded(scores: Sequence[WindowScores], budget: Budget) -> tuple[float, float]:
-    """The loss that `budget` limits, and its upper confidence bound, from windows of equal length.
+def bounded(scores: Sequence[WindowScores], budget: Budget, *, errors: float = _ERRORS) -> tuple[float, float]:
+    """The loss that `budget` limits, and its upper confidence bound, so many standard errors above, from windows of
+    equal length.
 
     Mean KL, or exp(d) - 1 for d the mean over windows of the difference in nats a token: the relative rise of
     perplexity.
     """
     if budget.kind == "max-kl":
         mean, error = mean_and_error([score.kl / score.tokens for score in scores])
-        return mean, mean + _ERRORS * error
+        return mean, mean + errors * error
     mean, error = mean_and_error([(score.nats - score.reference_nats) / score.tokens for score in scores])
-    return math.expm1(mean), math.expm1(mean + _ERRORS * error)
+    return math.expm1(mean), math.expm1(mean + errors * error)
 
 
 class _Search:

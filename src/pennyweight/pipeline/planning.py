@@ -33,8 +33,8 @@ _POINTS = 200
 # Of a head or an embedding in fewer bits everything suffers.
 _LEAST_BITS_OF_ENDS = 4
 ENDS = ("head", "embedding")
-# Rounds in which the room for tensors is cut by what the output was too large by.
-_ROUNDS = 8
+# Plans have records of other lengths: rounds in which the room for tensors is what the longest so far leaves.
+_ROUNDS = 24
 
 
 @dataclass(frozen=True)
@@ -285,15 +285,15 @@ def within(draft: Draft, problem: Problem, budget: Budget) -> Plan:
     if budget.kind == "bpw":
         allocation = problem.allocated(int(budget.value * problem.weights / 8))
         return problem.plan(allocation.schemes(problem.groups))
-    room = int(budget.value)
+    asked, least = int(budget.value), problem.fixed_bytes + smallest(problem.groups)
+    room = asked
     for _ in range(_ROUNDS):
-        try:
-            plan = problem.plan(problem.allocated(room).schemes(problem.groups))
-        except BudgetError as error:
-            beside = int(budget.value) - room
-            raise BudgetError(int(budget.value), error.smallest + beside, problem.advice) from error
-        excess = output_bytes(draft.job(plan)) - int(budget.value)
-        if excess <= 0:
+        plan = problem.plan(problem.allocated(max(room, least)).schemes(problem.groups))
+        written = output_bytes(draft.job(plan))
+        if written <= asked:
             return plan
-        room -= excess
+        if room <= least:
+            # The record names the size that was asked: more digits take more room.
+            raise BudgetError(asked, written + len(str(written)) - len(str(asked)), problem.advice)
+        room = asked - (written - problem.of(plan)[0])
     raise ContainerError(f"{budget}: what lies beside the tensors grows faster than they shrink: give a larger size")
