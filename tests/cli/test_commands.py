@@ -194,7 +194,7 @@ def test_run_needs_llama_cpp_for_gguf(
         (("quantize", "MODEL", "--out", "out", "--size", "4 apples"), 2, "4GB"),
         (("quantize", "MODEL", "--out", "out", "--size", "4GB", "--bits", "4"), 2, "give one of"),
         (("quantize", "MODEL", "--out", "out", "--size", "1KB", "--length", "24"), 2, "the smallest plan takes"),
-        (("quantize", "MODEL", "--out", "out", "--plan", "no.json"), 2, "no.json cannot be read"),
+        (("quantize", "MODEL", "--out", "out", "--plan", "no.json"), 2, "no.json: there is no such file, and"),
         (("quantize", "MODEL", "--out", "out", "--keep", "*.nothing"), 2, "--keep *.nothing: no site"),
         (("quantize", "MODEL", "--out", "out", "--at", "*.q_proj"), 2, "GLOB=SCHEME"),
         (("quantize", "MODEL", "--out", "out", "--max-kl", "0.1", "--length", 24, "--samples", 99999), 1, "calibrat"),
