@@ -103,12 +103,18 @@ def _per_weight(importance: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> T
         mean = columns.mean(-1, keepdim=True)
     # Each group by itself: beside one column of huge importance all others would count alike. A column that
     # calibration never lit still deserves a sensible scale.
-    normal = torch.where(mean > 0, columns / mean, 1.0).clamp_min(1e-4)
+    normal = _to_one(columns, mean).clamp_min(1e-4)
     if is_nested(scheme) and span_of(scheme) > 1:
         # Groups that share a parent are weighed against each other too.
         overall = mean.mean()
-        normal = normal * torch.where(overall > 0, mean / overall, 1.0).clamp_min(1e-6)
+        normal = normal * _to_one(mean, overall, dim=1).clamp_min(1e-6)
     return normal.repeat(1, 1, shape[0]) if isinstance(scheme.granularity, PerTensor) else normal
+
+
+def _to_one(x: Tensor, mean: Tensor, dim: int = -1) -> Tensor:
+    """`x` over its mean along `dim`; exactly ones where all are equal, however the mean was rounded, or none count."""
+    is_even = (x.amin(dim, keepdim=True) == x.amax(dim, keepdim=True)) | (mean <= 0)
+    return torch.where(is_even, 1.0, x / mean)
 
 
 def _has_parents(spec: ScaleSpec | None) -> bool:
