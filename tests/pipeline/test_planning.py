@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 from pennyweight.core.errors import BudgetError, ContainerError, UsageError
 from pennyweight.core.registry import find
+from pennyweight.pipeline import measuring
 from pennyweight.pipeline.beside import output_bytes
 from pennyweight.pipeline.costs.base import DEFAULT_COST
 from pennyweight.pipeline.job import Draft
@@ -148,6 +150,29 @@ def test_the_default_cost_is_measured_once_and_kept_for_other_budgets(
     monkeypatch.setattr(type(find("pipeline.costs", DEFAULT_COST)), "measure", never)
     again = problem_of(draft := drafted(str(llama), options, None), Measuring(draft))
     assert again.groups == first.groups
+
+
+@pytest.mark.parametrize(
+    ("options", "solver"),
+    [
+        (replace(tiny.OPTIONS, solver=None, effort="fast"), "gptq"),
+        (replace(tiny.OPTIONS, solver=None, effort="normal"), "gptq"),
+        (replace(tiny.OPTIONS, solver="nearest"), "nearest"),
+        (BLIND, "nearest"),
+    ],
+)
+def test_costs_are_those_of_a_rounding_like_the_runs(
+    options: Options, solver: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def costs(*args: Any, **named: Any) -> list[list[float]]:
+        asked.append(named["solver"].name)
+        return [[0.0 for _ in group.schemes] for group in args[3]]
+
+    monkeypatch.setattr(measuring, "cached_costs", costs)
+    problem_of(draft := drafted(str(llama), options, None), Measuring(draft))
+    assert asked == [solver]
 
 
 def test_vllm_gets_one_scheme_for_what_it_merges(tmp_path: Path) -> None:
