@@ -45,6 +45,8 @@ class Measuring:
         solver = "gptq" if "hessian" in self.draft.options.chain.solver.needs else "nearest"
         costs = ((EmbeddingCost(), "nearest", first), (find("pipeline.costs", DEFAULT_COST), solver, rest))
         for cost, rounding, some in costs:
+            if not some:
+                continue
             with tempfile.TemporaryDirectory(prefix="pennyweight-costs-") as directory:
                 measured += cached_costs(
                     cost,
