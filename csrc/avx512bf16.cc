@@ -8,6 +8,6 @@
 namespace pennyweight {
 
 const Kernels kAvx512Bf16Kernels = {"avx512bf16",  range_groups, encode_groups, pack_nibbles, search_groups,
-                                    search_nested, round_block,  pair_rows,     add_products};
+                                    search_nested, round_block,  pair_rows,     add_products, nullptr};
 
 }  // namespace pennyweight

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "packed.h"
+
 namespace pennyweight {
 
 // How decoded weights are rounded before the solver sees them: to the type in which scales are stored.
@@ -148,6 +150,8 @@ struct Kernels {
                     std::uint32_t* out);
   // Null where pair_rows is. Sums in float32. The twin in torch is pennyweight.stats.second_moment._add_products.
   void (*add_products)(const AddProducts& products);
+  // Products with packed weights; set by dispatch.cc, since these have more instruction sets than the rest.
+  const PackedKernels* packed;
 };
 
 // Upper bound on the names that instruction_sets() writes, and on the tables that tables() writes.
@@ -159,7 +163,7 @@ std::size_t instruction_sets(const char** names);
 
 // Writes the kernel tables that this processor can run, best first, to `tables` [kMaxInstructionSets]; returns how
 // many.
-std::size_t kernel_tables(const Kernels** tables);
+std::size_t kernel_tables(Kernels* tables);
 
 extern const Kernels kScalarKernels;
 #if defined(PENNYWEIGHT_X86_KERNELS)

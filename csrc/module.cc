@@ -1,4 +1,6 @@
 // The Python module pennyweight._native: checks arguments, releases the GIL where work is long, calls the kernels.
+#include "module.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -13,25 +15,29 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
-
 namespace nb = nanobind;
 
+namespace pennyweight {
+
+const Kernels& table(const std::string& name) {
+  static Kernels tables[kMaxInstructionSets];
+  static const std::size_t count = kernel_tables(tables);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (name == tables[i].name) return tables[i];
+  }
+  throw std::invalid_argument("no kernels called " + name + " run on this processor");
+}
+
+}  // namespace pennyweight
+
 namespace {
+
+using pennyweight::table;
 
 using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Strided = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 using Indices = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-const pennyweight::Kernels& table(const std::string& name) {
-  const pennyweight::Kernels* tables[pennyweight::kMaxInstructionSets];
-  const std::size_t count = pennyweight::kernel_tables(tables);
-  for (std::size_t i = 0; i < count; ++i) {
-    if (name == tables[i]->name) return *tables[i];
-  }
-  throw std::invalid_argument("no kernels called " + name + " run on this processor");
-}
 
 template <typename Array>
 void expect(const Array& array, std::size_t rows, std::size_t columns, const char* name) {
@@ -322,10 +328,10 @@ NB_MODULE(_native, module) {
   module.def(
       "kernel_tables",
       [] {
-        const pennyweight::Kernels* tables[pennyweight::kMaxInstructionSets];
+        pennyweight::Kernels tables[pennyweight::kMaxInstructionSets];
         const std::size_t count = pennyweight::kernel_tables(tables);
         std::vector<std::string> names;
-        for (std::size_t i = 0; i < count; ++i) names.emplace_back(tables[i]->name);
+        for (std::size_t i = 0; i < count; ++i) names.emplace_back(tables[i].name);
         return names;
       },
       "Names of the kernel tables that this processor can run, best first.");
@@ -367,4 +373,6 @@ NB_MODULE(_native, module) {
              nb::arg("smallest"), nb::arg("largest"), nb::arg("element").none(), nb::arg("stored"), nb::arg("kernels"),
              "GPTQ within one block of columns [columns, rows]; see kernels.h. `targets`, `values` and `errors` are "
              "written.");
+
+  bind_packed(module);
 }

@@ -7,6 +7,6 @@
 namespace pennyweight {
 
 const Kernels kScalarKernels = {"scalar",      range_groups, encode_groups, pack_nibbles, search_groups,
-                                search_nested, round_block,  nullptr,       nullptr};
+                                search_nested, round_block,  nullptr,       nullptr,      nullptr};
 
 }  // namespace pennyweight

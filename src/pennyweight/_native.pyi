@@ -51,3 +51,18 @@ def round_block(
     stored: int,
     kernels: str,
 ) -> None: ...
+
+class Packed:
+    def __init__(self, storage: Tensor) -> None: ...
+
+def packed_multiply(
+    x: Tensor,
+    matrices: list[Packed],
+    biases: list[Tensor | None],
+    outs: list[Tensor],
+    kind: int,
+    is_exact: bool,
+    threads: int,
+    kernels: str,
+) -> None: ...
+def read_memory(bytes: Tensor, threads: int, kernels: str) -> int: ...

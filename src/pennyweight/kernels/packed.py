@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from pennyweight.kernels.native import kernel_table, native
 Activations = Literal["exact", "int8"]
 # Tiles that are packed or decoded at a time.
 _TILES = 16
+# Groups of activations whose numbers are all this small count as zeros: their scales would have no inverse.
+_SMALLEST_SCALE = 1e-30
 _NATIVE_INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -99,6 +102,13 @@ class PackedMatrix:
     def table(self) -> Tensor:
         """float32 values of all codes; empty for whole numbers."""
         return self.storage[HEADER_BYTES : HEADER_BYTES + self.layout.table_bytes].view(torch.float32)
+
+    @cached_property
+    def native(self) -> Any:
+        """What the native library knows of it."""
+        library = native()
+        assert library is not None
+        return library.Packed(self.storage)
 
     @property
     def _tiles(self) -> Tensor:
@@ -194,8 +204,8 @@ def multiply(
         return [_plain_product(x, matrix, bias, activations) for matrix, bias in zip(matrices, added, strict=True)]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     outs = [x.new_empty(*rows.shape[:1], matrix.shape[0]) for matrix in matrices]
-    library.packed_product(
-        _bits(rows), [matrix.storage for matrix in matrices],
+    library.packed_multiply(
+        _bits(rows), [matrix.native for matrix in matrices],
         [None if bias is None else bias.float() for bias in added], [_bits(out) for out in outs],
         _NATIVE_INPUTS[x.dtype], activations == "exact", allowed_threads(), kernel_table(),
     )  # fmt: skip
@@ -206,8 +216,11 @@ def round_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """int8 [rows, groups, group] and float32 scales [rows, groups, 1] of `x` [rows, cols]: largest magnitude / 127."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).view(x.shape[0], -1, group)
     scales = padded.abs().amax(-1, keepdim=True) / 127
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    return (padded * inverse).round().clamp(-127, 127).to(torch.int8), scales
+    is_finite = scales.isfinite()
+    scales = torch.where(scales < _SMALLEST_SCALE, 0.0, scales)
+    inverse = torch.where(is_finite & (scales > 0), 1 / scales, 0.0)
+    codes = torch.where(is_finite, padded * inverse, 0.0).round().to(torch.int8)
+    return codes, torch.where(is_finite, scales, torch.nan)
 
 
 def _plain_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, activations: Activations) -> Tensor:

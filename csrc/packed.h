@@ -1,0 +1,106 @@
+// Products with packed weights. The layout is that of pennyweight.kernels.layout: tiles of 16 rows, codes in planes of
+// bits, then scales and zeros.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pennyweight {
+
+enum class FloatKind : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class ZeroKind : int { kNone = 0, kInteger = 1, kFloat = 2, kOffset = 3 };
+
+constexpr std::size_t kTileRows = 16;
+constexpr std::size_t kLargestGroup = 128;
+
+constexpr std::int32_t kTableZero = 128;
+
+// The values of a table as bytes: value = the sum over the planes of factor * (byte - kTableZero).
+struct TablePlanes {
+  std::size_t count;  // 0 where values are whole numbers; else 1 to 3
+  float factors[3];
+  std::uint8_t bytes[3][256];
+};
+
+// What a header says, and where its parts lie.
+struct PackedWeights {
+  std::size_t rows, cols;
+  std::size_t bits;    // of a stored code: 2, 3, 4, 5, 6 or 8
+  std::size_t group;   // columns that share a scale, a multiple of 16
+  std::size_t groups;  // in a row
+  FloatKind scale;     // also of float zero points and offsets
+  ZeroKind zero;
+  std::int32_t smallest;   // value of code 0; with a table, of byte 0 of its planes
+  std::size_t table_bits;  // 0, 4 or 8
+  TablePlanes table;
+  float unit;  // of all weights
+  const std::uint8_t* tiles;
+  std::size_t tile_bytes, code_bytes, scale_bytes;  // of a tile, of its codes, of its scales
+};
+
+// Activations as signed bytes. A row of the input is one token, or three: its numbers to 8 bits, what is left of them
+// to 8 more, and what is left of that; then their sum is as good as float32. Tokens come in blocks of `block`, the last
+// one filled up with zeros.
+struct RoundedTokens {
+  std::int32_t* words;  // [blocks, groups * group / 4, block]: four columns of a token in a word
+  std::int32_t* sums;   // [blocks, groups, block]: of the bytes of a group
+  float* scales;        // [blocks, groups, block]: number = scale * byte
+  std::size_t block;
+  std::size_t planes;  // tokens of a row of the input: 1 or 3
+};
+
+// Rows of an input, to be rounded in groups.
+struct RoundTokens {
+  const void* x;  // [rows, cols]
+  FloatKind kind;
+  std::size_t cols;
+  std::size_t group;
+  std::size_t row_begin, row_end;
+  RoundedTokens out;
+};
+
+// Some tiles of a product with some tokens.
+struct PackedProduct {
+  const PackedWeights* weights;
+  RoundedTokens tokens;
+  const std::int32_t* starts;  // like tokens.sums, times the value of code 0
+  std::size_t row_begin;       // rows of the input that all blocks of `tokens` begin with
+  std::size_t row_end;
+  std::size_t tile_begin, tile_end;
+  const float* bias;  // [rows], or null
+  void* out;          // [rows of the input, rows]
+  FloatKind out_kind;
+  void* scratch;  // kScratchBytes, aligned to 64 bytes
+};
+
+// Tokens that one call of `multiply` takes at most, and columns that are unpacked at a time.
+constexpr std::size_t kMostTokens = 96;
+constexpr std::size_t kPanelColumnsAtOnce = 2048;
+// Two tiles unpacked, and sums of all tokens for these.
+constexpr std::size_t kScratchBytes = 2 * kTileRows * kPanelColumnsAtOnce + 2 * kTileRows * kMostTokens * sizeof(float);
+
+struct PackedKernels {
+  std::size_t largest_block;  // of tokens
+  // Each group of a row rounded by its largest magnitude / 127, ties to even. A group with a number that is not finite
+  // has the scale NaN. The twin in torch is pennyweight.kernels.packed.round_activations.
+  void (*round)(const RoundTokens& tokens);
+  // The twin in torch is pennyweight.kernels.packed._plain_product.
+  void (*multiply)(const PackedProduct& product);
+  // A digest of bytes: a plain read of memory, to compare with.
+  std::uint64_t (*read)(const void* bytes, std::size_t count);
+};
+
+// The block sizes there are: `tokens` are cut into blocks of the size that wastes least.
+constexpr std::size_t kBlockSizes[] = {1, 2, 3, 4, 6, 8, 12};
+
+extern const PackedKernels kPackedScalar;
+#if defined(PENNYWEIGHT_X86_KERNELS)
+extern const PackedKernels kPackedAvx2;
+extern const PackedKernels kPackedAvx2Vnni;
+extern const PackedKernels kPackedAvx512;
+extern const PackedKernels kPackedAvx512Vnni;
+#elif defined(PENNYWEIGHT_NEON_KERNELS)
+extern const PackedKernels kPackedNeon;
+#endif
+
+}  // namespace pennyweight

@@ -1,0 +1,9 @@
+// Products with packed weights, compiled for avx2.
+#include "packed_lanes_avx2.h"
+
+namespace pennyweight {
+
+const PackedKernels kPackedAvx2 = {Lanes256::kLargestBlock, round_tokens, multiply_tiles<Lanes256>,
+                                   read_bytes<Lanes256>};
+
+}  // namespace pennyweight

@@ -1,0 +1,359 @@
+// Products with packed weights, compiled once for each instruction set. `L` has the operations on vectors of kRows
+// numbers, or of four times as many bytes; without kHasPlanes all codes are unpacked to bytes before they are
+// multiplied:
+//
+//   sum over the columns of a group of code * byte, a whole number;
+//   out += scale of the weights * scale of the tokens * (sum + what the zero points make of the sum of the bytes)
+//
+// Strips of kRows rows, kStrips of them side by side, times kBlock tokens: their sums stay in registers for a group.
+#pragma once
+
+#include "packed.h"
+#include "packed_round.h"
+
+#define PENNYWEIGHT_INLINE inline __attribute__((always_inline))
+
+namespace pennyweight {
+namespace {
+
+// The bytes of quad q of a chunk of kQuads: codes of kBits bits, from one plane or two.
+template <class L, int kBits, int kQuads, int q>
+PENNYWEIGHT_INLINE typename L::Bytes quad_of(const std::uint8_t* chunk) {
+  constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
+  constexpr int kPerLow = 8 / kLow;
+  const typename L::Bytes low = L::load(chunk + 64 * (q / kPerLow));
+  if constexpr (kLow == 8) {
+    return low;
+  } else {
+    const typename L::Bytes fields = L::template field<kLow, q % kPerLow * kLow, 0>(low);
+    if constexpr (kBits == kLow) {
+      return fields;
+    } else {
+      constexpr int kHigh = kBits - kLow;
+      constexpr int kPerHigh = 8 / kHigh;
+      const typename L::Bytes high = L::load(chunk + 64 * (kQuads / kPerLow + q / kPerHigh));
+      return L::template merge<kHigh, q % kPerHigh * kHigh, kLow>(fields, high);
+    }
+  }
+}
+
+// Where the strips of a product are, at some group; codes of panels are bytes.
+template <int kStrips>
+struct Strips {
+  const std::uint8_t* codes[kStrips];
+  const std::uint8_t* scales[kStrips];
+  const std::uint8_t* zeros[kStrips];
+};
+
+// A block of tokens at the same group.
+struct TokensAt {
+  const std::int32_t* words;
+  const std::int32_t* sums;
+  const std::int32_t* starts;
+  const float* scales;
+};
+
+// Results: out[t * stride + row] += factor * product; zero points that are floats count `zero_factor` times.
+struct Target {
+  float* out;
+  std::size_t stride;
+  float factor;
+  float zero_factor;
+};
+
+template <class L, int kStrips, int kBlock, int kBits, bool kWide, int q, int kQuads>
+PENNYWEIGHT_INLINE void add_quads(const std::uint8_t* const* chunks, const std::int32_t* words,
+                                  typename L::Ints (&sums)[kStrips][kBlock]) {
+  if constexpr (q < kQuads) {
+    typename L::Bytes codes[kStrips];
+    for (int s = 0; s < kStrips; ++s) codes[s] = quad_of<L, kBits, kQuads, q>(chunks[s]);
+    for (int t = 0; t < kBlock; ++t) {
+      const typename L::Bytes word = L::spread(words[q * kBlock + t]);
+      for (int s = 0; s < kStrips; ++s) sums[s][t] = L::template dot<kWide>(sums[s][t], codes[s], word);
+    }
+    add_quads<L, kStrips, kBlock, kBits, kWide, q + 1, kQuads>(chunks, words, sums);
+  }
+}
+
+// `groups` groups of all strips.
+// Not inlined: inside a larger function its sums would not stay in registers, and compiling would take minutes.
+template <class L, int kStrips, int kBlock, int kBits, bool kWide>
+__attribute__((noinline)) void add_groups(const PackedWeights& w, Strips<kStrips> at, TokensAt block,
+                                          std::size_t groups, const Target& result) {
+  // Bytes are taken four quads at a time, so that groups of 16 columns are whole too.
+  constexpr int kQuads = kBits == 8 ? 4 : 8;
+  const std::size_t chunks = w.group / (4 * kQuads);
+  const std::size_t scale_step = kTileRows * (w.scale == FloatKind::kFloat32 ? 4 : 2);
+  typename L::Floats totals[kStrips][kBlock];
+  for (int s = 0; s < kStrips; ++s) {
+    for (int t = 0; t < kBlock; ++t) totals[s][t] = L::floats(0.0f);
+  }
+  for (std::size_t g = 0; g < groups; ++g) {
+    typename L::Ints sums[kStrips][kBlock];
+    for (int s = 0; s < kStrips; ++s) {
+      if (w.zero == ZeroKind::kInteger) {
+        const typename L::Ints zero = L::load_bytes(at.zeros[s]);
+        for (int t = 0; t < kBlock; ++t) sums[s][t] = L::times(zero, -block.sums[t]);
+        at.zeros[s] += kTileRows;
+      } else {
+        for (int t = 0; t < kBlock; ++t) sums[s][t] = L::ints(block.starts[t]);
+      }
+    }
+    for (std::size_t c = 0; c < chunks; ++c, block.words += kQuads * kBlock) {
+      add_quads<L, kStrips, kBlock, kBits, kWide, 0, kQuads>(at.codes, block.words, sums);
+      for (int s = 0; s < kStrips; ++s) at.codes[s] += 8 * kBits * kQuads;
+    }
+    for (int s = 0; s < kStrips; ++s) {
+      const typename L::Floats scale = L::load_floats(at.scales[s], w.scale);
+      for (int t = 0; t < kBlock; ++t) {
+        totals[s][t] =
+            L::add_product(totals[s][t], L::product(scale, L::floats(block.scales[t])), L::floats_of(sums[s][t]));
+      }
+      at.scales[s] += scale_step;
+      if (w.zero == ZeroKind::kFloat || w.zero == ZeroKind::kOffset) {
+        typename L::Floats zero = L::load_floats(at.zeros[s], w.scale);
+        if (w.zero == ZeroKind::kFloat) zero = L::product(zero, scale);
+        for (int t = 0; t < kBlock; ++t) {
+          const float sum = block.scales[t] * static_cast<float>(block.sums[t]) * result.zero_factor;
+          totals[s][t] = L::add_product(totals[s][t], zero, L::floats(-sum));
+        }
+        at.zeros[s] += scale_step;
+      }
+    }
+    block.sums += kBlock;
+    block.starts += kBlock;
+    block.scales += kBlock;
+  }
+  for (int s = 0; s < kStrips; ++s) {
+    for (int t = 0; t < kBlock; ++t) {
+      float* out = result.out + static_cast<std::size_t>(t) * result.stride + s * L::kRows;
+      L::store_floats(out, L::add_product(L::load_floats(out), totals[s][t], L::floats(result.factor)));
+    }
+  }
+}
+
+// Codes of `chunks` chunks of a tile as bytes, or what a table has for them.
+template <class L, int kBits, int kQuads, int q>
+PENNYWEIGHT_INLINE void unpack_quads(const std::uint8_t* chunk, std::uint8_t* panel) {
+  if constexpr (q < kQuads) {
+    for (std::size_t half = 0; half < 64; half += sizeof(typename L::Bytes)) {
+      L::store(panel + 64 * q + half, quad_of<L, kBits, kQuads, q>(chunk + half));
+    }
+    unpack_quads<L, kBits, kQuads, q + 1>(chunk, panel);
+  }
+}
+
+template <class L, int kBits, int kQuads>
+__attribute__((noinline)) void unpack_chunks(const std::uint8_t* codes, std::size_t chunks, std::uint8_t* panel) {
+  for (std::size_t c = 0; c < chunks; ++c) {
+    unpack_quads<L, kBits, kQuads, 0>(codes + c * 8 * kBits * kQuads, panel + c * 64 * kQuads);
+  }
+}
+
+template <class L>
+void unpack_groups(const PackedWeights& w, const std::uint8_t* codes, std::size_t groups, const std::uint8_t* table,
+                   std::uint8_t* panel) {
+  const bool is_even = w.group % 32 == 0;
+  const std::size_t chunks = groups * w.group / (is_even ? 32 : 16);
+  switch (w.bits) {
+    case 2:
+      is_even ? unpack_chunks<L, 2, 8>(codes, chunks, panel) : unpack_chunks<L, 2, 4>(codes, chunks, panel);
+      break;
+    case 3:
+      unpack_chunks<L, 3, 8>(codes, chunks, panel);
+      break;
+    case 4:
+      is_even ? unpack_chunks<L, 4, 8>(codes, chunks, panel) : unpack_chunks<L, 4, 4>(codes, chunks, panel);
+      break;
+    case 5:
+      unpack_chunks<L, 5, 8>(codes, chunks, panel);
+      break;
+    case 6:
+      is_even ? unpack_chunks<L, 6, 8>(codes, chunks, panel) : unpack_chunks<L, 6, 4>(codes, chunks, panel);
+      break;
+    default:
+      is_even ? unpack_chunks<L, 8, 8>(codes, chunks, panel) : unpack_chunks<L, 8, 4>(codes, chunks, panel);
+      break;
+  }
+  if (table == nullptr) return;
+  const std::size_t count = groups * w.group * kTileRows;
+  if (w.table_bits == 4) {
+    for (std::size_t i = 0; i < count; i += sizeof(typename L::Bytes)) {
+      L::store(panel + i, L::look_up(table, L::load(panel + i)));
+    }
+  } else {
+    for (std::size_t i = 0; i < count; ++i) panel[i] = table[panel[i]];
+  }
+}
+
+template <class L, int kStrips, int kBlock, bool kPanel>
+void add_bits(const PackedWeights& w, const Strips<kStrips>& at, const TokensAt& block, std::size_t groups,
+              const Target& result) {
+  if constexpr (kPanel) {
+    const bool is_wide = w.bits == 8 || w.table.count != 0;
+    if (is_wide) return add_groups<L, kStrips, kBlock, 8, true>(w, at, block, groups, result);
+    return add_groups<L, kStrips, kBlock, 8, L::kOnlyWide>(w, at, block, groups, result);
+  } else {
+    switch (w.bits) {
+      case 2:
+        return add_groups<L, kStrips, kBlock, 2, L::kOnlyWide>(w, at, block, groups, result);
+      case 3:
+        return add_groups<L, kStrips, kBlock, 3, L::kOnlyWide>(w, at, block, groups, result);
+      case 4:
+        return add_groups<L, kStrips, kBlock, 4, L::kOnlyWide>(w, at, block, groups, result);
+      case 5:
+        return add_groups<L, kStrips, kBlock, 5, L::kOnlyWide>(w, at, block, groups, result);
+      case 6:
+        return add_groups<L, kStrips, kBlock, 6, L::kOnlyWide>(w, at, block, groups, result);
+      default:
+        return add_groups<L, kStrips, kBlock, 8, true>(w, at, block, groups, result);
+    }
+  }
+}
+
+template <class L, int kStrips, bool kPanel>
+void add_block(std::size_t size, const PackedWeights& w, const Strips<kStrips>& at, const TokensAt& block,
+               std::size_t groups, const Target& result) {
+  switch (size) {
+    case 1:
+      return add_bits<L, kStrips, 1, kPanel>(w, at, block, groups, result);
+    case 2:
+      return add_bits<L, kStrips, 2, kPanel>(w, at, block, groups, result);
+    case 3:
+      return add_bits<L, kStrips, 3, kPanel>(w, at, block, groups, result);
+    case 4:
+      return add_bits<L, kStrips, 4, kPanel>(w, at, block, groups, result);
+    default:
+      break;
+  }
+  if constexpr (L::kLargestBlock == 12) {
+    switch (size) {
+      case 6:
+        return add_bits<L, kStrips, 6, kPanel>(w, at, block, groups, result);
+      case 8:
+        return add_bits<L, kStrips, 8, kPanel>(w, at, block, groups, result);
+      case 12:
+        return add_bits<L, kStrips, 12, kPanel>(w, at, block, groups, result);
+      default:
+        break;
+    }
+  }
+}
+
+// All tokens of a product times `kTiles` tiles from `tile` on, added to `sums` [tokens, kTiles * kTileRows].
+template <class L, int kTiles>
+void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* panel, float* sums) {
+  constexpr int kPerTile = static_cast<int>(kTileRows) / L::kRows;
+  constexpr int kStrips = kTiles * kPerTile;
+  const PackedWeights& w = *product.weights;
+  const RoundedTokens& tokens = product.tokens;
+  const std::size_t count = (product.row_end - product.row_begin) * tokens.planes;
+  const std::size_t blocks = (count + tokens.block - 1) / tokens.block;
+  const std::size_t float_bytes = w.scale == FloatKind::kFloat32 ? 4 : 2;
+  const std::size_t zero_bytes = w.zero == ZeroKind::kInteger ? 1 : float_bytes;
+  const bool is_direct = L::kHasPlanes && blocks == 1 && w.table.count == 0 && w.group % 32 == 0;
+  const std::size_t step = is_direct ? w.groups : kPanelColumnsAtOnce / w.group;
+  for (std::size_t begin = 0; begin < w.groups; begin += step) {
+    const std::size_t groups = begin + step < w.groups ? step : w.groups - begin;
+    for (std::size_t plane = 0; plane == 0 || plane < w.table.count; ++plane) {
+      Strips<kStrips> at;
+      for (int s = 0; s < kStrips; ++s) {
+        const std::size_t row = static_cast<std::size_t>(s % kPerTile * L::kRows);
+        const std::uint8_t* from = w.tiles + (tile + static_cast<std::size_t>(s / kPerTile)) * w.tile_bytes;
+        std::uint8_t* unpacked = panel + static_cast<std::size_t>(s / kPerTile) * kTileRows * kPanelColumnsAtOnce;
+        at.codes[s] = from + begin * w.group * kTileRows * w.bits / 8 + 4 * row;
+        at.scales[s] = from + w.code_bytes + (begin * kTileRows + row) * float_bytes;
+        at.zeros[s] = from + w.code_bytes + w.scale_bytes + (begin * kTileRows + row) * zero_bytes;
+        if (is_direct) continue;
+        if (row == 0) {
+          unpack_groups<L>(w, at.codes[s], groups, w.table.count != 0 ? w.table.bytes[plane] : nullptr, unpacked);
+        }
+        at.codes[s] = unpacked + 4 * row;
+      }
+      const float factor = w.table.count != 0 ? w.table.factors[plane] : 1.0f;
+      const float zero_factor = plane == 0 ? 1.0f / factor : 0.0f;
+      for (std::size_t b = 0; b < blocks; ++b) {
+        const std::size_t first = (b * w.groups + begin) * tokens.block;
+        const TokensAt block{tokens.words + first * (w.group / 4), tokens.sums + first, product.starts + first,
+                             tokens.scales + first};
+        const Target result{sums + b * tokens.block * kTiles * kTileRows, kTiles * kTileRows, factor, zero_factor};
+        if constexpr (L::kHasPlanes) {
+          if (is_direct) {
+            add_block<L, kStrips, false>(tokens.block, w, at, block, groups, result);
+            continue;
+          }
+        }
+        add_block<L, kStrips, true>(tokens.block, w, at, block, groups, result);
+      }
+    }
+  }
+}
+
+// Sums [tokens, stride] of the rows of a tile to the result.
+inline void write_tile(const PackedProduct& product, std::size_t tile, const float* sums, std::size_t stride) {
+  const PackedWeights& w = *product.weights;
+  const std::size_t first = tile * kTileRows;
+  const std::size_t rows = w.rows - first < kTileRows ? w.rows - first : kTileRows;
+  const std::size_t planes = product.tokens.planes;
+  for (std::size_t m = product.row_begin; m < product.row_end; ++m) {
+    float values[kTileRows];
+    const float* sum = sums + (m - product.row_begin) * planes * stride;
+    for (std::size_t r = 0; r < kTileRows; ++r) {
+      float value = sum[r];
+      for (std::size_t p = 1; p < planes; ++p) value += sum[p * stride + r];
+      values[r] = value * w.unit;
+    }
+    if (product.bias != nullptr) {
+      for (std::size_t r = 0; r < rows; ++r) values[r] += product.bias[first + r];
+    }
+    const std::size_t at = m * w.rows + first;
+    if (product.out_kind == FloatKind::kFloat32) {
+      for (std::size_t r = 0; r < rows; ++r) static_cast<float*>(product.out)[at + r] = values[r];
+    } else {
+      for (std::size_t r = 0; r < rows; ++r) {
+        static_cast<std::uint16_t*>(product.out)[at + r] = narrowed(values[r], product.out_kind);
+      }
+    }
+  }
+}
+
+template <class L>
+void multiply_tiles(const PackedProduct& product) {
+  std::uint8_t* panel = static_cast<std::uint8_t*>(product.scratch);
+  float* sums = reinterpret_cast<float*>(panel + 2 * kTileRows * kPanelColumnsAtOnce);
+  for (std::size_t tile = product.tile_begin; tile < product.tile_end;) {
+    for (std::size_t i = 0; i < 2 * kTileRows * kMostTokens; ++i) sums[i] = 0.0f;
+    if (L::kTiles == 2 && tile + 2 <= product.tile_end) {
+      add_tiles<L, L::kTiles>(product, tile, panel, sums);
+      write_tile(product, tile, sums, L::kTiles * kTileRows);
+      write_tile(product, tile + L::kTiles - 1, sums + (L::kTiles - 1) * kTileRows, L::kTiles * kTileRows);
+      tile += L::kTiles;
+    } else {
+      add_tiles<L, 1>(product, tile, panel, sums);
+      write_tile(product, tile, sums, kTileRows);
+      ++tile;
+    }
+  }
+}
+
+template <class L>
+std::uint64_t read_bytes(const void* bytes, std::size_t count) {
+  constexpr std::size_t kVectors = 8;
+  constexpr std::size_t kStep = kVectors * sizeof(typename L::Bytes);
+  const std::uint8_t* from = static_cast<const std::uint8_t*>(bytes);
+  typename L::Bytes mixed[kVectors];
+  for (std::size_t v = 0; v < kVectors; ++v) mixed[v] = L::spread(0);
+  std::size_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    for (std::size_t v = 0; v < kVectors; ++v) mixed[v] = L::mix(mixed[v], L::load(from + i + v * sizeof mixed[v]));
+  }
+  std::uint8_t last[kStep];
+  for (std::size_t v = 0; v < kVectors; ++v) L::store(last + v * sizeof mixed[v], mixed[v]);
+  std::uint64_t result = 0;
+  for (std::size_t k = 0; k < kStep; ++k) result = result * 31 + last[k];
+  for (; i < count; ++i) result = result * 31 + from[i];
+  return result;
+}
+
+}  // namespace
+}  // namespace pennyweight

@@ -1,0 +1,125 @@
+#include "threads.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+namespace pennyweight {
+namespace {
+
+using Task = void (*)(void*, std::size_t, std::size_t);
+
+constexpr std::size_t kMostThreads = 256;
+// Between two products of one token lie some microseconds: whoever sleeps in between is woken too late.
+constexpr std::chrono::microseconds kSpinning{100};
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  void run(std::size_t threads, std::size_t count, Task task, void* context) {
+    for (; workers_ + 1 < threads; ++workers_) {
+      std::thread([this, number = workers_ + 1] { work(number); }).detach();
+    }
+    task_ = task;
+    context_ = context;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store(threads - 1, std::memory_order_relaxed);
+    {
+      // Under the lock, or a worker that is about to sleep would miss it.
+      const std::lock_guard<std::mutex> lock(sleep_);
+      call_.store((call_.load(std::memory_order_relaxed) / kMostThreads + 1) * kMostThreads + threads - 1);
+    }
+    if (sleepers_.load() != 0) wake_.notify_all();
+    take(0);
+    for (std::size_t spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+      relax();
+      if (spins % 4096 == 4095) std::this_thread::yield();
+    }
+  }
+
+  std::mutex owner;
+
+ private:
+  void take(std::size_t thread) {
+    for (std::size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) task_(context_, thread, i);
+  }
+
+  void work(std::size_t number) {
+    for (std::uint64_t seen = 0;;) {
+      seen = changed(seen);
+      if (number > seen % kMostThreads) continue;
+      take(number);
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  // The next call after `seen`.
+  std::uint64_t changed(std::uint64_t seen) {
+    const auto end = std::chrono::steady_clock::now() + kSpinning;
+    while (std::chrono::steady_clock::now() < end) {
+      for (int i = 0; i < 32; ++i) {
+        const std::uint64_t call = call_.load(std::memory_order_acquire);
+        if (call != seen) return call;
+        relax();
+      }
+    }
+    std::unique_lock<std::mutex> lock(sleep_);
+    ++sleepers_;
+    wake_.wait(lock, [&] { return call_.load() != seen; });
+    --sleepers_;
+    return call_.load();
+  }
+
+  std::size_t workers_ = 0;
+  Task task_ = nullptr;
+  void* context_ = nullptr;
+  std::size_t count_ = 0;
+  std::atomic<std::size_t> next_{0};
+  std::atomic<std::size_t> busy_{0};
+  // A number of the call, and the number of workers that it wants, in one word.
+  std::atomic<std::uint64_t> call_{0};
+  std::atomic<std::size_t> sleepers_{0};
+  std::mutex sleep_;
+  std::condition_variable wake_;
+};
+
+// Never destroyed: its threads wait in it until the process ends. A forked child has none of them.
+Pool& pool() {
+  static std::mutex guard;
+  static Pool* current = nullptr;
+  static pid_t process = 0;
+  const std::lock_guard<std::mutex> lock(guard);
+  if (process != getpid()) {
+    current = new Pool;
+    process = getpid();
+  }
+  return *current;
+}
+
+}  // namespace
+
+void in_parallel(std::size_t threads, std::size_t count, Task task, void* context) {
+  threads = threads < count ? threads : count;
+  threads = threads < kMostThreads ? threads : kMostThreads;
+  if (threads > 1) {
+    Pool& workers = pool();
+    const std::unique_lock<std::mutex> mine(workers.owner, std::try_to_lock);
+    if (mine.owns_lock()) return workers.run(threads, count, task, context);
+  }
+  for (std::size_t i = 0; i < count; ++i) task(context, 0, i);
+}
+
+}  // namespace pennyweight
