@@ -132,10 +132,7 @@ def _decoded_logits(file: GgufFile, ids: Tensor) -> Tensor:
 
 def _logits(model: StreamedModel, ids: Tensor) -> Tensor:
     """Our own, float32 [windows, tokens, vocabulary]."""
-    stream = model.start([ids])
-    for index in range(len(model.blocks)):
-        with model.opened(index) as block:
-            model.advance(block, index, stream)
+    stream = model.run([ids])
     with torch.no_grad(), model.finishing(stream) as finish:
         return finish(0).float()
 
