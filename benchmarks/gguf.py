@@ -95,7 +95,7 @@ class Bench:
     @cached_property
     def judge(self) -> LlamaJudge:
         assert isinstance(self.subject.judge, DecoderJudge)
-        return LlamaJudge(self.floats, self.subject.judge.windows, threads=self.threads)
+        return LlamaJudge(self.floats, self.subject.judge.windows)
 
     @cached_property
     def importance(self) -> Path:
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gguf", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=[*TYPES, *MIXES], default=[*TYPES, *MIXES], help="default: all")
     parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=EFFORTS, help="default: all")
-    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp's tools (default: 1)")
     parser.add_argument("--out", type=Path, help="JSON to write, .md beside it (default: benchmarks/results/gguf.json)")
     arguments = parser.parse_args()
     reason = llama_tools.why_not()
