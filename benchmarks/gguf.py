@@ -30,7 +30,7 @@ from benchmarks.judges import DecoderJudge
 from benchmarks.llama_tools import LlamaJudge, Losses
 from benchmarks.processes import measure
 from benchmarks.results_file import RESULTS, cache, circumstances, heading, note, project_environment, save, table
-from benchmarks.subjects import Subject, demo
+from benchmarks.subjects import Subject, shipped
 
 EFFORTS = ("fast", "normal", "best")
 # What is asked of KL(ours) / KL(llama-quantize's).
@@ -230,10 +230,7 @@ def main() -> None:
     facts["versions"] |= llama_tools.versions()
     rows = known_rows(arguments.out or RESULTS / "gguf.json", facts)
     with tempfile.TemporaryDirectory(dir=cache(), prefix="gguf-") as directory:
-        subject = demo(Path(directory), Path(directory))
-        if isinstance(subject, str):
-            parser.error(subject)
-        bench = Bench(subject, Path(directory), arguments.threads)
+        bench = Bench(shipped(), Path(directory), arguments.threads)
         for row in bench.rows(arguments.rows, arguments.efforts, rows):
             rows.append(row)
             windows = len(bench.judge.windows)
