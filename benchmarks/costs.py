@@ -9,7 +9,6 @@ that sees fewer bits, and over the sites in one scheme, which is what a plan nee
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.results_file import ROOT, cache, circumstances, heading, note, save, table
+from benchmarks.results_file import cache, circumstances, heading, note, options, save, table
 from benchmarks.subjects import SUBJECTS, Subject
 from pennyweight.core.registry import find
 from pennyweight.models import text
@@ -133,11 +132,8 @@ def _markdown(found: Sequence[Ranked]) -> str:
 
 def main() -> None:
     """Measure, print, save."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description="Which cost ranks like the loss.")
-    parser.add_argument("--models", default=",".join(SUBJECTS), help="with commas between (default: %(default)s)")
+    parser = options("costs", "Which cost ranks like the loss.", SUBJECTS)
     parser.add_argument("--windows", type=int, help=f"of each model (default: {_TOKENS} tokens)")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="models and texts not ours")
-    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/costs.json)")
     arguments = parser.parse_args()
     facts = circumstances("benchmarks.costs")
     found: list[Ranked] = []

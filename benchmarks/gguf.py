@@ -30,7 +30,7 @@ from benchmarks.judges import DecoderJudge
 from benchmarks.llama_tools import LlamaJudge, Losses
 from benchmarks.processes import measure
 from benchmarks.results_file import RESULTS, cache, circumstances, heading, note, project_environment, save, table
-from benchmarks.subjects import Subject, demo
+from benchmarks.subjects import Subject, shipped
 
 EFFORTS = ("fast", "normal", "best")
 # What is asked of KL(ours) / KL(llama-quantize's).
@@ -95,7 +95,7 @@ class Bench:
     @cached_property
     def judge(self) -> LlamaJudge:
         assert isinstance(self.subject.judge, DecoderJudge)
-        return LlamaJudge(self.floats, self.subject.judge.windows, threads=self.threads)
+        return LlamaJudge(self.floats, self.subject.judge.windows)
 
     @cached_property
     def importance(self) -> Path:
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gguf", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=[*TYPES, *MIXES], default=[*TYPES, *MIXES], help="default: all")
     parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=EFFORTS, help="default: all")
-    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp's tools (default: 1)")
     parser.add_argument("--out", type=Path, help="JSON to write, .md beside it (default: benchmarks/results/gguf.json)")
     arguments = parser.parse_args()
     reason = llama_tools.why_not()
@@ -230,10 +230,7 @@ def main() -> None:
     facts["versions"] |= llama_tools.versions()
     rows = known_rows(arguments.out or RESULTS / "gguf.json", facts)
     with tempfile.TemporaryDirectory(dir=cache(), prefix="gguf-") as directory:
-        subject = demo(Path(directory), Path(directory))
-        if isinstance(subject, str):
-            parser.error(subject)
-        bench = Bench(subject, Path(directory), arguments.threads)
+        bench = Bench(shipped(), Path(directory), arguments.threads)
         for row in bench.rows(arguments.rows, arguments.efforts, rows):
             rows.append(row)
             windows = len(bench.judge.windows)

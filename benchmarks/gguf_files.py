@@ -46,7 +46,7 @@ def write_floats(model: Path, out: Path) -> Path:
 
 
 def write_decoded(file: Path, out: Path) -> Path:
-    """The same model as in the GGUF `file`, its weights decoded to float32 by the gguf package."""
+    """The same model as in the GGUF `file`, its weights decoded to float32 by the gguf package and not by us."""
     fields = {**read_gguf(file).fields, **_FILE_TYPE}
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}

@@ -116,10 +116,7 @@ class SentenceJudge:
 
     def _embed(self, model: StreamedModel) -> Tensor:
         """Unit vectors float64 [sentences, width]."""
-        stream = model.start(self._batches)
-        for index in range(len(model.blocks)):
-            with model.opened(index) as block:
-                stream.hidden = model.run_block(block, index, stream)
+        stream = model.run(self._batches)
         with model.finishing(stream) as finish:
             found = torch.cat([finish(batch).double().mean(1) for batch in range(len(self._batches))])
         ordered = torch.empty_like(found)

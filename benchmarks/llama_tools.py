@@ -7,27 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.results_file import ROOT, note
+from pennyweight.evaluate import llama_cpp
 from pennyweight.evaluate.compare import mean_and_error, score_logits
 from pennyweight.models import text
 
 _PLACE = ROOT / ".venvs" / "llama.cpp"
 _LOG_TAIL = 2000
-_F32 = 0
 
 
 def why_not() -> str | None:
     """Why llama.cpp cannot be run here, or None."""
     if not (_PLACE / "bin" / "llama-quantize").exists():
         return "llama-quantize is not built: make llama-tools"
-    try:
-        import llama_cpp  # noqa: F401
-    except ImportError:
+    if not llama_cpp.is_installed():
         return f"llama-cpp-python is not installed: pip install llama-cpp-python=={tools_version()}"
     return None
 
@@ -88,9 +84,8 @@ class Losses:
 class LlamaJudge:
     """KL(reference || file), both run by llama.cpp with a float32 cache."""
 
-    def __init__(self, reference: Path, windows: Tensor, *, threads: int) -> None:
+    def __init__(self, reference: Path, windows: Tensor) -> None:
         self.windows = windows
-        self._threads = threads
         note("  logits of the reference")
         self._reference = list(self.logits(reference))
 
@@ -104,23 +99,9 @@ class LlamaJudge:
 
     def logits(self, file: Path) -> Iterator[Tensor]:
         """float32 [tokens, vocabulary] of each window, each read with nothing before it."""
-        model = self._opened(file)
-        try:
-            for ids in self.windows.tolist():
-                model.reset()
-                model.eval(ids)
-                yield torch.from_numpy(model.scores[: len(ids)].copy())
-        finally:
-            model.close()
-
-    def _opened(self, file: Path) -> Any:
-        import llama_cpp
-
-        length = self.windows.shape[1]
-        return llama_cpp.Llama(
-            str(file), n_ctx=length, n_batch=length, n_ubatch=length, n_threads=self._threads,
-            n_threads_batch=self._threads, logits_all=True, type_k=_F32, type_v=_F32, verbose=False,
-        )  # fmt: skip
+        with llama_cpp.opened(file, context=self.windows.shape[1]) as model:
+            for window in self.windows.split(1):
+                yield model.logits(window)[0]
 
     def _losses(self, references: Sequence[Tensor] | Iterator[Tensor], found: Iterator[Tensor]) -> Losses:
         scores = [

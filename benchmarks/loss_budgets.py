@@ -13,7 +13,6 @@ windows can promise that with smaller plans.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.results_file import ROOT, cache, circumstances, heading, note, save, table
+from benchmarks.results_file import ROOT, cache, circumstances, heading, note, options, save, table
 from benchmarks.subjects import DEMO
 from benchmarks.third_model import STEPS, make, unseen_text
 from pennyweight.evaluate.compare import WindowScores, compare
@@ -273,11 +272,8 @@ def markdown(facts: dict[str, Any], found: Sequence[Outcome]) -> str:
 
 def main() -> None:
     """Measure, print, save."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss_budgets", description="Whether a loss is kept.")
-    parser.add_argument("--models", default=",".join(MODELS), help="with commas between (default: %(default)s)")
+    parser = options("loss_budgets", "Whether a loss is kept.", MODELS)
     parser.add_argument("--tokens", default="24576,49152", help="that choose, as many judge (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="models and texts not ours")
-    parser.add_argument("--out", type=Path, help="JSON to write, .md beside it")
     arguments = parser.parse_args()
     facts = circumstances("benchmarks.loss_budgets")
     tokens = [int(number) for number in arguments.tokens.split(",")]

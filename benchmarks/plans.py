@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.judges import Score, paired
 from benchmarks.results_file import cache, circumstances, heading, note, project_environment, save, table
-from benchmarks.subjects import Subject, demo
+from benchmarks.subjects import Subject, shipped
 
 UNIFORM = ("int2-g64", "int2-g32", "int3-g128", "int3-g64", "int3-g32", "int4-g128", "int4-g32", "int5-g128")
 # The lower and the higher scheme of a mix.
@@ -159,9 +159,7 @@ def main() -> None:
     facts = circumstances("benchmarks.plans")
     with tempfile.TemporaryDirectory(dir=cache(), prefix="plans-") as directory:
         work = Path(directory)
-        subject = demo(work, work)
-        if isinstance(subject, str):
-            raise SystemExit(subject)
+        subject = shipped()
         found = list(pairs(Quantizer.of(subject, work), arguments.effort))
     content = {**facts, "effort": arguments.effort, "pairs": found}
     save("plans", content, markdown(facts, found), out=arguments.out)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy", "scipy")
+
+
+def options(name: str, description: str, models: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line of `python -m benchmarks.NAME`, which measures some `models`; a benchmark may add to it."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--models", default=",".join(models), help="with commas between (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="models and texts not ours")
+    parser.add_argument("--out", type=Path, help="JSON to write, .md beside it (default: in benchmarks/results)")
+    return parser
 
 
 def circumstances(module: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ Llama of random weights, 4 blocks of TinyLlama's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import measure
-from benchmarks.results_file import ROOT, cache, circumstances, heading, note, project_environment, save, table
+from benchmarks.results_file import cache, circumstances, heading, note, options, project_environment, save, table
 from benchmarks.subjects import DEMO
 from pennyweight.core.errors import BudgetError
 from pennyweight.pipeline.beside import output_bytes
@@ -190,11 +189,8 @@ def _left(taken: int, allowed: int) -> str:
 
 def main() -> None:
     """Measure, print, save."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sizes", description="How exactly sizes are met.")
-    parser.add_argument("--models", default=",".join(MODELS), help="with commas between (default: %(default)s)")
+    parser = options("sizes", "How exactly sizes are met.", MODELS)
     parser.add_argument("--timed", action="store_true", help="the time of a second budget too")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="models not ours")
-    parser.add_argument("--out", type=Path, help="JSON to write, .md beside it (default: in benchmarks/results)")
     arguments = parser.parse_args()
     facts = circumstances("benchmarks.sizes")
     met: dict[str, list[Met]] = {}

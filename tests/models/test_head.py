@@ -71,10 +71,7 @@ def test_the_head_is_given_what_it_is_given_in_the_plain_model(family: str, tmp_
         for ids in batches:
             plain(input_ids=ids)
     hook.remove()
-    stream = model.start(batches)
-    for index in range(BLOCKS):
-        with model.opened(index) as block:
-            model.advance(block, index, stream)
+    stream = model.run(batches)
     model.enter_head(stream)
     for ours, theirs in zip(stream.hidden, seen, strict=True):
         assert ours.shape == theirs.shape

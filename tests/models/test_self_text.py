@@ -37,10 +37,7 @@ def test_the_second_token_has_the_frequencies_of_the_model(path: Path) -> None:
     windows = own_windows(model, length=3, count=4000, passes=1)
     begin = windows[0, 0]
     assert (windows[:, 0] == begin).all()
-    stream = model.start([begin.reshape(1, 1)])
-    for index in range(len(model.blocks)):
-        with model.opened(index) as block:
-            model.advance(block, index, stream)
+    stream = model.run([begin.reshape(1, 1)])
     with model.finishing(stream) as finish:
         expected = finish(0)[0, 0].softmax(-1)
     counts = torch.bincount(windows[:, 1], minlength=len(expected)) / len(windows)

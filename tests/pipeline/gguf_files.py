@@ -90,9 +90,9 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>")
 
 
-def tiny_model(directory: Path) -> Path:
+def tiny_model(directory: Path, *, hidden_size: int = 64) -> Path:
     """A Llama for transformers whose GGUF transformers reads too."""
-    model = tiny.llama(directory, vocab_size=258, hidden_size=64, intermediate_size=96)
+    model = tiny.llama(directory, vocab_size=258, hidden_size=hidden_size, intermediate_size=96)
     tokenizer().save_pretrained(model)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFValueType, Keys, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, Keys, LlamaFileType
+from gguf.quants import dequantize
 from torch import Tensor
 
 from pennyweight.core.errors import ModelError
 from pennyweight.core.memory import available_memory_bytes, peak_memory_bytes
+from pennyweight.core.parallel import chunks
 from pennyweight.evaluate import llama_cpp
 from pennyweight.evaluate.compare import score_logits
 from pennyweight.models import text
@@ -61,7 +64,7 @@ def _why_not_whole(file: GgufFile, extent: str) -> str | None:
         return "asked for"
     if not llama_cpp.is_installed():
         return f"llama-cpp-python is not installed ({llama_cpp.INSTALL})"
-    weights = sum(_count(tensor) for tensor in file.tensors.values())
+    weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     # Decoded on the disk and mapped, and once more in our own evaluation.
     return None if 2.5 * 4 * weights < available_memory_bytes() else "the decoded model does not fit in memory"
 
@@ -71,28 +74,23 @@ def _whole(path: Path, file: GgufFile) -> dict[str, Any]:
     ours = StreamedModel(path)
     tokens = min(_TOKENS, text.context_length(ours.config) or _TOKENS)
     vocabulary = int(ours.config.get_text_config().vocab_size)
-    ids = torch.randint(0, vocabulary, (_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
+    ids = _random_ids(vocabulary, tokens)
     logits, theirs = _logits(ours, ids), _decoded_logits(file, ids)
-    with llama_cpp.opened(file.files[0], context=tokens + _CONTINUED) as runtime:
-        packed = runtime.logits(ids)
-        problems = _wrong_tokens(path, runtime)
-        made = runtime.continued(ids[0, : tokens // 2].tolist(), _CONTINUED)
+    packed, problems = _packed_logits(file, ids, tokenizer=path)
     # A few wrong weights change no logit by as much as another order of sums does.
     problems += _wrong_weights(file)[:5]
-    kl, share = _kl(logits, theirs), _kl(theirs, packed)
+    kl = _kl(logits, theirs)
     if not kl <= _ALLOWED_KL:
         problems.append(
             f"llama.cpp's logits of the decoded weights are {kl:.3g} nats of KL from ours (allowed {_ALLOWED_KL:g}): "
             "it computes with other weights, or another function of them"
         )
-    if not packed.isfinite().all() or len(made) != _CONTINUED:
-        problems.append("llama.cpp computes NaN or infinity, or does not continue a text")
     return {
         "verified": "full",
         "runtime": _runtime(),
         "kl_decoded": kl,
         "allowed_kl_decoded": _ALLOWED_KL,
-        "kl_of_runtime": share,
+        "kl_of_runtime": _kl(theirs, packed),
         "weights_compared": len(file.tensors),
         "problems": problems,
     }
@@ -106,15 +104,15 @@ def _alone(file: GgufFile) -> dict[str, Any]:
     count = None if vocabulary is None else vocabulary.count
     if not count:
         return found
-    ids = torch.randint(0, count, (_WINDOWS, _TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = _random_ids(count, _TOKENS)
     theirs = _decoded_logits(file, ids)
-    with llama_cpp.opened(file.files[0], context=_TOKENS + _CONTINUED) as runtime:
-        packed = runtime.logits(ids)
-        made = runtime.continued(ids[0, : _TOKENS // 2].tolist(), _CONTINUED)
-    problems = found["problems"]
-    if not packed.isfinite().all() or len(made) != _CONTINUED:
-        problems.append("llama.cpp computes NaN or infinity, or does not continue a text")
+    packed, problems = _packed_logits(file, ids, tokenizer=None)
+    found["problems"] += problems
     return found | {"runtime": _runtime(), "kl_of_runtime": _kl(theirs, packed)}
+
+
+def _random_ids(vocabulary: int, tokens: int) -> Tensor:
+    return torch.randint(0, vocabulary, (_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def _runtime() -> str:
@@ -130,12 +128,22 @@ def _decoded_logits(file: GgufFile, ids: Tensor) -> Tensor:
             return runtime.logits(ids)
 
 
+def _packed_logits(file: GgufFile, ids: Tensor, *, tokenizer: Path | None) -> tuple[Tensor, list[str]]:
+    """Those of llama.cpp for the file as it is, and what is wrong with it there: its token ids are compared with those
+    of the `tokenizer`, where there is one."""
+    tokens = ids.shape[1]
+    with llama_cpp.opened(file.files[0], context=tokens + _CONTINUED) as runtime:
+        logits = runtime.logits(ids)
+        problems = [] if tokenizer is None else _wrong_tokens(tokenizer, runtime)
+        made = runtime.continued(ids[0, : tokens // 2].tolist(), _CONTINUED)
+    if not logits.isfinite().all() or len(made) != _CONTINUED:
+        problems.append("llama.cpp computes NaN or infinity, or does not continue a text")
+    return logits, problems
+
+
 def _logits(model: StreamedModel, ids: Tensor) -> Tensor:
     """Our own, float32 [windows, tokens, vocabulary]."""
-    stream = model.start([ids])
-    for index in range(len(model.blocks)):
-        with model.opened(index) as block:
-            model.advance(block, index, stream)
+    stream = model.run([ids])
     with torch.no_grad(), model.finishing(stream) as finish:
         return finish(0).float()
 
@@ -166,7 +174,7 @@ def write_decoded(file: GgufFile, out: Path) -> None:
     kind = FLOAT_TYPES["F32"].number
     said = {Keys.General.FILE_TYPE: FieldValue.of(int(LlamaFileType.ALL_F32), GGUFValueType.UINT32)}
     entries = [
-        (name, tensor.shape, kind, 4 * _count(tensor))
+        (name, tensor.shape, kind, 4 * math.prod(tensor.shape))
         if is_decoded(tensor)
         else (name, tensor.shape, tensor.type_number, tensor.size_bytes)
         for name, tensor in file.tensors.items()
@@ -190,18 +198,9 @@ def _float32_parts(tensor: GgufTensor) -> Iterator[Tensor]:
         yield decoded_rows(tensor, rows).float().contiguous()
 
 
-def _count(tensor: GgufTensor) -> int:
-    count = 1
-    for length in tensor.shape:
-        count *= length
-    return count
-
-
 def _row_parts(tensor: GgufTensor) -> list[slice]:
-    """Rows, all axes but the last counted as one, that are decoded at once."""
-    width = tensor.shape[-1] if tensor.shape else 1
-    rows, each = _count(tensor) // max(1, width), max(1, _CHUNK // max(1, width))
-    return [slice(first, min(first + each, rows)) for first in range(0, rows, each)]
+    """Rows that are decoded at once."""
+    return chunks(tensor.rows, max(1, _CHUNK // max(1, tensor.width)))
 
 
 def _by_weight(file: GgufFile, reason: str) -> dict[str, Any]:
@@ -211,21 +210,17 @@ def _by_weight(file: GgufFile, reason: str) -> dict[str, Any]:
 
 def _wrong_weights(file: GgufFile) -> list[str]:
     """Every tensor that we decode through the decoder of the gguf package, llama.cpp's own in Python."""
-    import gguf
 
-    problems: list[str] = []
-    compared = [tensor for tensor in file.tensors.values() if is_decoded(tensor)]
-    for tensor in compared:
-        kind = gguf.GGMLQuantizationType(tensor.type_number)
-        width = tensor.shape[-1] if tensor.shape else 1
-        each = tensor.size_bytes // max(1, _count(tensor) // max(1, width))
-        for rows in _row_parts(tensor):
-            raw = tensor.read(rows.start * each, rows.stop * each).reshape(-1, each)
-            theirs = torch.tensor(gguf.quants.dequantize(raw.numpy(), kind)).reshape(-1, width)
-            if not torch.equal(decoded_rows(tensor, rows).float(), theirs.float()):
-                problems.append(f"{tensor.name}: the gguf package decodes other weights than we do")
-                break
-    return problems
+    def is_wrong(tensor: GgufTensor, rows: slice) -> bool:
+        kind = GGMLQuantizationType(tensor.type_number)
+        theirs = torch.tensor(dequantize(tensor.read_rows(rows).numpy(), kind))
+        return not torch.equal(decoded_rows(tensor, rows).float(), theirs.float())
+
+    return [
+        f"{tensor.name}: the gguf package decodes other weights than we do"
+        for tensor in file.tensors.values()
+        if is_decoded(tensor) and any(is_wrong(tensor, rows) for rows in _row_parts(tensor))
+    ]
 
 
 if __name__ == "__main__":

@@ -117,6 +117,14 @@ class StreamedModel:
         self._embedding_rows = None
         return stream
 
+    def run(self, batches: Sequence[Tensor], *, embedding: Callable[[Tensor], Tensor] | None = None) -> Stream:
+        """`batches` as the last block hands them on; arguments as for `start`."""
+        stream = self.start(batches, embedding=embedding)
+        for index in range(len(self.blocks)):
+            with self.opened(index) as block:
+                self.advance(block, index, stream)
+        return stream
+
     def run_block(self, block: nn.Module, index: int, stream: Stream, *, seen: Callable[[int], Seen] | None = None,
                   watched: Watched | None = None, batches: Sequence[int] | None = None) -> list[Tensor]:  # fmt: skip
         """Outputs of block `index` for `batches` (all), one thread a batch; `seen(batch)` gets linear maps' inputs."""

@@ -17,7 +17,7 @@ _OURS, _REST = "quantized_by: pennyweight", "\n---\n\n"
 
 
 def model_card(source: Path, recipe: Recipe, plan: Plan, *, name: str, notes: int, usage: str) -> str:
-    """What the artefact is, how it was made how to load it (`usage`), above the card of the original in `source`."""
+    """What the artefact is, how it was made and how it is loaded (`usage`), above the original's card in `source`."""
     original = source / "README.md"
     body = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
     front, body = _front_matter(body.replace("\r\n", "\n"))

@@ -22,8 +22,6 @@ from pennyweight.pipeline.solve import check_finite
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import QuantizedWeight
 
-# Rows of an embedding that are unpacked at once.
-_ROWS = 4096
 # Bytes of a kept tensor that one thread copies at a time, and bytes that are copied before they go to the disk.
 _COPY_BYTES, _FLUSH_BYTES = 1 << 22, 1 << 25
 # What travels with the weights: tokenizer, chat templates, generation settings, the further modules of a sentence
@@ -125,20 +123,26 @@ class Output:
 
     def read_rows(self, site: Site, rows: slice) -> QuantizedWeight:
         """Some rows of what was written for an embedding."""
-        scheme = self.plan.schemes[site.name]
-        part = replace(site, shape=(len(range(*rows.indices(site.shape[0]))), site.shape[1]))
-        names = self.container.entries(site, scheme)
-        return self.container.decode(part, scheme, {name: self.files.read(name, rows) for name in names})
+        return self._rows(site, [rows])
 
     def embedding_rows(self, site: Site, ids: Tensor) -> Tensor:
-        """The decoded rows of an embedding for token ids [...], float32 [..., width]; no more than these is decoded."""
+        """The decoded rows of an embedding for token ids [...], float32 [..., width]; no more than these is read."""
         wanted, where = torch.unique(ids, return_inverse=True)
-        found = []
-        for part in chunks(site.shape[0], _ROWS):
-            here = wanted[(wanted >= part.start) & (wanted < part.stop)]
-            if len(here):
-                found.append(self.read_rows(site, part).rows(here - part.start).dequantize())
-        return torch.cat(found)[where]
+        return self._rows(site, _runs(wanted)).dequantize()[where]
+
+    def _rows(self, site: Site, parts: Sequence[slice]) -> QuantizedWeight:
+        """The rows of all `parts`, one after the other."""
+        scheme = self.plan.schemes[site.name]
+        count = sum(len(range(*part.indices(site.shape[0]))) for part in parts)
+        names = self.container.entries(site, scheme)
+        found = {name: torch.cat([self.files.read(name, part) for part in parts]) for name in names}
+        return self.container.decode(replace(site, shape=(count, site.shape[1])), scheme, found)
+
+
+def _runs(numbers: Tensor) -> list[slice]:
+    """Rising `numbers` [n] as slices, neighbours together."""
+    breaks = (numbers.diff() > 1).nonzero().flatten() + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in numbers.tensor_split(breaks)]
 
 
 def weight_entries(

@@ -111,17 +111,17 @@ class Problem:
 
 def _fitted(group: Group, wanted: Scheme) -> Scheme | None:
     """The choice of `group` that is `wanted`, or that in its number format with the next smaller groups."""
-    sizes = {
-        choice.scheme.granularity.size: choice.scheme
-        for choice in group.choices
-        if choice.scheme is not None
-        and isinstance(choice.scheme.granularity, PerGroup)
-        and choice.scheme.element == wanted.element
-    }
+    schemes = [choice.scheme for choice in group.choices if choice.scheme is not None]
     if not isinstance(wanted.granularity, PerGroup):
-        return wanted if any(choice.scheme == wanted for choice in group.choices) else None
-    most = wanted.granularity.size
-    return sizes[max(size for size in sizes if size <= most)] if any(size <= most for size in sizes) else None
+        return wanted if wanted in schemes else None
+    sizes = {
+        scheme.granularity.size: scheme
+        for scheme in schemes
+        if isinstance(scheme.granularity, PerGroup)
+        and scheme.granularity.size <= wanted.granularity.size
+        and scheme.element == wanted.element
+    }
+    return sizes[max(sizes)] if sizes else None
 
 
 def problem_of(draft: Draft, measure: Measure) -> Problem:
@@ -188,26 +188,24 @@ def _taken(draft: Draft, site: str, decided: Decided) -> Decided:
 def uniform(draft: Draft) -> Plan:
     """The scheme of the options for every site of the blocks, and for embedding and head what the container gives them
     then, but for those that the user decided otherwise."""
-    decided = decided_of(draft, ())
-    container, scheme = (
-        draft.container,
-        draft.finished(parse_scheme(draft.options.scheme or draft.container.default_scheme)),
+    container, decided = draft.container, decided_of(draft, ())
+    scheme = draft.finished(parse_scheme(draft.options.scheme or container.default_scheme))
+    open_ones = {name: site for name, site in draft.sites.items() if name not in decided}
+
+    def planned(wanted: Scheme, *, is_end: bool) -> Plan:
+        shapes = {name: site.shape for name, site in open_ones.items() if (site.kind in ENDS) == is_end}
+        return uniform_plan(shapes, wanted, draft.why_not, container.stand_ins)
+
+    plans = [_plan_of(decided), planned(scheme, is_end=False)]
+    of_ends = container.scheme_of_ends(scheme)
+    if of_ends is not None:
+        plans.append(planned(of_ends, is_end=True))
+    schemes = {name: found for plan in plans for name, found in plan.schemes.items()}
+    return Plan(
+        {name: schemes[name] for name in draft.sites if name in schemes},
+        {name: why for plan in plans for name, why in plan.kept.items()},
+        {name: why for plan in plans for name, why in plan.changed.items()},
     )
-
-    def planned(is_end: bool, wanted: Scheme | None) -> Plan:
-        sites = {name: site.shape for name, site in draft.sites.items() if (site.kind in ENDS) == is_end}
-        open_ones = {name: shape for name, shape in sites.items() if name not in decided}
-        return Plan({}) if wanted is None else uniform_plan(open_ones, wanted, draft.why_not, container.stand_ins)
-
-    plans = [planned(False, scheme), planned(True, container.scheme_of_ends(scheme))]
-    schemes = {name: one.scheme for name, one in decided.items() if one.scheme is not None}
-    kept = {name: one.reason for name, one in decided.items() if one.scheme is None}
-    changed: dict[str, str] = {}
-    for plan in plans:
-        schemes |= plan.schemes
-        kept |= plan.kept
-        changed |= plan.changed
-    return Plan({name: schemes[name] for name in draft.sites if name in schemes}, kept, changed)
 
 
 def check_name(plan: PlanEntries | PlanName | None, container: Container, *, runtime: str) -> None:
@@ -221,25 +219,22 @@ def check_name(plan: PlanEntries | PlanName | None, container: Container, *, run
 def preset(draft: Draft, name: str) -> Plan:
     """The plan that the container knows by `name`, but for the sites that the user decided otherwise."""
     found = draft.container.preset(name, draft.listed, has_data=draft.windows is not None)
-    schemes: dict[str, Scheme] = {}
-    kept: dict[str, str] = {}
-    for site, one in (
-        {site: Decided(found[site], f"as in {name}") for site in draft.sites} | decided_of(draft, ())
-    ).items():
-        refusal = one.reason if one.scheme is None else draft.why_not(one.scheme, site)
-        if one.scheme is None or refusal is not None:
-            kept[site] = refusal or one.reason
-        else:
-            schemes[site] = one.scheme
-    return Plan(schemes, kept)
+
+    def taken(site: str) -> Decided:
+        scheme = found[site]
+        refusal = None if scheme is None else draft.why_not(scheme, site)
+        return Decided(scheme, f"as in {name}") if refusal is None else Decided(None, refusal)
+
+    return _plan_of({site: taken(site) for site in draft.sites} | decided_of(draft, ()))
 
 
 def given(draft: Draft, entries: PlanEntries) -> Plan:
     """The plan that the user gives; raises ContainerError where the target refuses a scheme of it."""
-    decided = {
-        site: _taken(draft, site, Decided(scheme, entries.source))
-        for site, scheme in entries.schemes(list(draft.sites)).items()
-    }
+    named = entries.schemes(list(draft.sites))
+    return _plan_of({site: _taken(draft, site, Decided(scheme, entries.source)) for site, scheme in named.items()})
+
+
+def _plan_of(decided: Mapping[str, Decided]) -> Plan:
     schemes = {site: one.scheme for site, one in decided.items() if one.scheme is not None}
     return Plan(schemes, {site: one.reason for site, one in decided.items() if one.scheme is None})
 

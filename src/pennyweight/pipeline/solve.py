@@ -17,6 +17,7 @@ from pennyweight.pipeline.chain import Chain
 from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.records import SiteRecord
 from pennyweight.schemes import QuantizedWeight, Scheme
+from pennyweight.schemes.quantized import grouped
 from pennyweight.solvers.base import Solver, Statistics
 from pennyweight.solvers.nearest import Nearest, round_to_nearest
 
@@ -53,7 +54,24 @@ def solve_site(site: Site, w: Tensor, scheme: Scheme, chain: Chain, found: SiteS
     has_feedback = not isinstance(solver, Nearest)
     error, nearest = _errors(w, solution.weight, found.stats, every=_every(site), has_nearest=has_feedback)
     record = SiteRecord(site.name, scheme.name, error, nearest, found.rows, found.notes + solution.notes)
-    return SolvedSite(solution.weight, record)
+    return SolvedSite(_with_exact_zeros(solution.weight, w), record)
+
+
+def _with_exact_zeros(weight: QuantizedWeight, w: Tensor) -> QuantizedWeight:
+    """`weight` with a scale of 0 for the groups of zeros in `w` that no solver made anything else of, where its number
+    format has no 0. Solvers divide by scales, and therefore know none of 0."""
+    scheme = weight.scheme
+    element, own = scheme.element, scheme.scale.element
+    nothing, zero = torch.zeros(1, device=w.device), torch.zeros(1, dtype=scheme.scale.torch_dtype, device=w.device)
+    least = element.encode(nothing)
+    has_zero = scheme.zero is not None or scheme.offset is not None or bool(element.decode(least) == 0)
+    if own is not None:
+        zero = own.encode(nothing)
+        has_zero |= bool(own.decode(zero) != 0)
+    if has_zero or w.numel() == 0:
+        return weight
+    is_empty = ((grouped(w, scheme) == 0) & (grouped(weight.codes, scheme) == least)).all(-1)
+    return replace(weight, scales=torch.where(is_empty, zero, weight.scales))
 
 
 def again_measured(

@@ -73,10 +73,7 @@ def _entries(batches: Sequence[Tensor], count: int | None, *, width: int) -> dic
 def _fill(
     original: StreamedModel, batches: Sequence[Tensor], files: OpenWeightFiles, *, count: int | None, temperature: float
 ) -> None:
-    stream = original.start(batches)
-    for index in range(len(original.blocks)):
-        with original.opened(index) as block:
-            original.advance(block, index, stream)
+    stream = original.run(batches)
     with original.finishing(stream) as finish:
 
         def one(batch: int) -> None:

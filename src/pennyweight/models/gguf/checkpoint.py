@@ -64,13 +64,13 @@ class GgufCheckpoint:
         place, tensor = self.places[name]
         shape = self.tensors[name].shape
         first, last = (0, shape[0]) if part is None else row_range(name, shape, part)
-        # Rows of a vector are its numbers.
+        # Rows that change places are read together.
         rows = slice(first, last) if place.heads is None else slice(0, shape[0])
         if len(shape) == 1:
+            # The file has one row, of which each number is one here.
             stored = decoded_rows(tensor, slice(0, 1))[0, rows]
         else:
-            before = (place.expert or 0) * shape[0]
-            stored = decoded_rows(tensor, slice(before + rows.start, before + rows.stop))
+            stored = decoded_rows(tensor, self._stored_rows(name, rows))
         found = place.invert(stored).to(self.tensors[name].dtype)
         return found if place.heads is None else found[first:last]
 
@@ -82,14 +82,17 @@ class GgufCheckpoint:
             return None
 
         def read() -> QuantizedWeight:
-            rows, width = self.tensors[name].shape
-            each = width // kind.weights * kind.size_bytes
-            before = (place.expert or 0) * rows * each
-            weight = kind.unpack(tensor.read(before, before + rows * each).reshape(rows, each), width)
+            rows = self.tensors[name].shape[0]
+            weight = kind.unpack(tensor.read_rows(self._stored_rows(name, slice(0, rows))), tensor.width)
             order = place.row_order(rows)
             return weight if order is None else weight.rows(order.argsort())
 
         return Coded(kind.scheme, read)
+
+    def _stored_rows(self, name: str, rows: slice) -> slice:
+        """Which rows of the file's tensor `rows` of the tensor `name` are: experts come one after the other."""
+        before = (self.places[name][0].expert or 0) * self.tensors[name].shape[0]
+        return slice(before + rows.start, before + rows.stop)
 
     def stored_info(self, name: str) -> TensorInfo:
         """The tensor `name` as it lies in the file: floats and integers as they are, blocks as rows of bytes."""
@@ -102,15 +105,14 @@ class GgufCheckpoint:
         return TensorInfo(torch.uint8, (rows, size // max(1, rows)))
 
     def stored(self, name: str, part: slice | None = None) -> Tensor:
-        """The same, or rows of its first axis, byte for byte."""
+        """The tensor `name` as `stored_info` says, or rows of its first axis, byte for byte."""
         info, (place, tensor) = self.stored_info(name), self.places[name]
-        begin, shape = (place.expert or 0) * info.size_bytes, info.shape
+        begin = (place.expert or 0) * info.size_bytes
         if part is not None:
-            first, last = row_range(name, shape, part)
-            begin += first * (info.size_bytes // max(1, shape[0]))
-            shape = (last - first, *shape[1:])
-        size = TensorInfo(info.dtype, shape).size_bytes
-        return tensor.read(begin, begin + size).view(info.dtype).reshape(shape)
+            first, last = row_range(name, info.shape, part)
+            begin += first * (info.size_bytes // max(1, info.shape[0]))
+            info = TensorInfo(info.dtype, (last - first, *info.shape[1:]))
+        return tensor.read(begin, begin + info.size_bytes).view(info.dtype).reshape(info.shape)
 
 
 def is_decoded(tensor: GgufTensor) -> bool:
@@ -123,12 +125,8 @@ def decoded_rows(tensor: GgufTensor, rows: slice) -> Tensor:
     if not is_decoded(tensor):
         name = GGMLQuantizationType(tensor.type_number).name
         raise CheckpointError(f"{tensor.file}: {tensor.name} is {name}; decoded are {', '.join(BLOCK_TYPES)}")
-    kind, width = _TYPES[tensor.type_number], tensor.shape[-1] if tensor.shape else 1
-    each = tensor.size_bytes // max(1, math.prod(tensor.shape[:-1]))
-    raw = tensor.read(rows.start * each, rows.stop * each)
-    if isinstance(kind, FloatType):
-        return raw.view(kind.dtype).reshape(-1, width)
-    return kind.unpack(raw.reshape(-1, each), width).dequantize()
+    kind, raw = _TYPES[tensor.type_number], tensor.read_rows(rows)
+    return raw.view(kind.dtype) if isinstance(kind, FloatType) else kind.unpack(raw, tensor.width).dequantize()
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:

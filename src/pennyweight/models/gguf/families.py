@@ -95,22 +95,39 @@ def check(family: Family, hyper: Hyper) -> None:
             )
 
 
+# How a file says what config.json has under one name.
+_SAID: Mapping[str, Callable[[gguf.GGUFWriter, Any], None]] = {
+    "num_hidden_layers": gguf.GGUFWriter.add_block_count,
+    "max_position_embeddings": gguf.GGUFWriter.add_context_length,
+    "hidden_size": gguf.GGUFWriter.add_embedding_length,
+    "intermediate_size": gguf.GGUFWriter.add_feed_forward_length,
+    "num_attention_heads": gguf.GGUFWriter.add_head_count,
+    "num_key_value_heads": gguf.GGUFWriter.add_head_count_kv,
+    "rms_norm_eps": gguf.GGUFWriter.add_layer_norm_rms_eps,
+    "attn_logit_softcapping": gguf.GGUFWriter.add_attn_logit_softcapping,
+    "final_logit_softcapping": gguf.GGUFWriter.add_final_logit_softcapping,
+    "sliding_window": gguf.GGUFWriter.add_sliding_window,
+}
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def _say(writer: gguf.GGUFWriter, hyper: Hyper, *names: str) -> None:
+    """Each family has an order of its own."""
+    for name in names:
+        _SAID[name](writer, hyper[name])
+
+
 def _common(writer: gguf.GGUFWriter, hyper: Hyper) -> None:
     """What most families say, in the order of llama.cpp's converter."""
     rope = rope_of(hyper)
-    writer.add_block_count(hyper["num_hidden_layers"])
-    writer.add_context_length(hyper["max_position_embeddings"])
-    writer.add_embedding_length(hyper["hidden_size"])
-    writer.add_feed_forward_length(hyper["intermediate_size"])
-    writer.add_head_count(hyper["num_attention_heads"])
-    writer.add_head_count_kv(hyper["num_key_value_heads"])
+    _say(writer, hyper, "num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", *_HEADS)
     add_scaling(writer, rope)
     if rope.get("rope_theta") is not None:
         writer.add_rope_freq_base(rope["rope_theta"])
     local = local_rope_theta(hyper)
     if local is not None:
         writer.add_rope_freq_base_swa(local)
-    writer.add_layer_norm_rms_eps(hyper["rms_norm_eps"])
+    _say(writer, hyper, "rms_norm_eps")
     experts = expert_count(hyper)
     if experts:
         writer.add_expert_count(experts)
@@ -137,18 +154,11 @@ def _qwen3_moe(writer: gguf.GGUFWriter, hyper: Hyper) -> None:
 
 
 def _gemma2(writer: gguf.GGUFWriter, hyper: Hyper) -> None:
-    writer.add_context_length(hyper["max_position_embeddings"])
-    writer.add_embedding_length(hyper["hidden_size"])
-    writer.add_block_count(hyper["num_hidden_layers"])
-    writer.add_feed_forward_length(hyper["intermediate_size"])
-    writer.add_head_count(hyper["num_attention_heads"])
-    writer.add_head_count_kv(hyper["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(hyper["rms_norm_eps"])
+    _say(writer, hyper, "max_position_embeddings", "hidden_size", "num_hidden_layers", "intermediate_size", *_HEADS)
+    _say(writer, hyper, "rms_norm_eps")
     writer.add_key_length(hyper["head_dim"])
     writer.add_value_length(hyper["head_dim"])
-    writer.add_attn_logit_softcapping(hyper["attn_logit_softcapping"])
-    writer.add_final_logit_softcapping(hyper["final_logit_softcapping"])
-    writer.add_sliding_window(hyper["sliding_window"])
+    _say(writer, hyper, "attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
 
 
 def _gemma3(writer: gguf.GGUFWriter, hyper: Hyper) -> None:
@@ -156,20 +166,15 @@ def _gemma3(writer: gguf.GGUFWriter, hyper: Hyper) -> None:
         raise ContainerError("config.json: llama.cpp's Gemma 3 has no attn_logit_softcapping: choose another container")
     _common(writer, hyper)
     if hyper.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(hyper["final_logit_softcapping"])
-    writer.add_sliding_window(hyper["sliding_window"])
+        _say(writer, hyper, "final_logit_softcapping")
+    _say(writer, hyper, "sliding_window")
 
 
 def _phi3(writer: gguf.GGUFWriter, hyper: Hyper) -> None:
     rope = rope_of(hyper)
-    writer.add_context_length(hyper["max_position_embeddings"])
+    _say(writer, hyper, "max_position_embeddings")
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    writer.add_embedding_length(hyper["hidden_size"])
-    writer.add_feed_forward_length(hyper["intermediate_size"])
-    writer.add_block_count(hyper["num_hidden_layers"])
-    writer.add_head_count(hyper["num_attention_heads"])
-    writer.add_head_count_kv(hyper["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(hyper["rms_norm_eps"])
+    _say(writer, hyper, "hidden_size", "intermediate_size", "num_hidden_layers", *_HEADS, "rms_norm_eps")
     writer.add_rope_dimension_count(partial_rope_dims(hyper))
     writer.add_rope_freq_base(rope["rope_theta"])
     # 0 tells llama.cpp that this is Phi-4, which has no window.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ _READ_BYTES = 1 << 30
 @dataclass(frozen=True)
 class GgufTensor:
     """Where a tensor lies: shape in torch's order (the last axis is the innermost), ggml's number of its type,
-    and the `size_bytes` bytes of `file` that begin at byte `position`."""
+    and the `size_bytes` bytes of `file` that begin at byte `position`. Rows are those along the last axis, all others
+    counted as one."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,6 +36,20 @@ class GgufTensor:
     file: Path
     position: int
     size_bytes: int
+
+    @property
+    def width(self) -> int:
+        """Weights of a row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape) // max(1, self.width)
+
+    def read_rows(self, rows: slice) -> Tensor:
+        """The bytes of `rows`, uint8 [rows, bytes of a row]; see `read`."""
+        each = self.size_bytes // max(1, self.rows)
+        return self.read(rows.start * each, rows.stop * each).reshape(rows.stop - rows.start, each)
 
     def read(self, begin: int = 0, end: int | None = None) -> Tensor:
         """Its bytes from `begin` to before `end` (all by default), uint8 [bytes], in fresh memory.

@@ -9,8 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from pennyweight.core.parallel import one_thread_per_operation
-from pennyweight.models.base import Site
-from pennyweight.models.stream import Stream
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.collect import SiteStatistics
 from pennyweight.pipeline.costs.base import Tell, tell_nobody
@@ -46,34 +44,21 @@ class EmbeddingCost:
         """See Cost."""
         embedding = model.embedding
         assert embedding is not None
-        original = model.start(batches)
-        _through(model, original)
-        total = sum(len(group.schemes) for group in groups)
-        costs: list[list[float]] = []
-        for group in groups:
-            costs.append([])
-            for scheme in group.schemes:
-                loss = 0.0 if scheme is None else _loss(model, embedding, batches, original, scheme, solver)
-                costs[-1].append(loss)
-                tell(sum(map(len, costs)), total)
-        return costs
+        original = model.run(batches)
+        w = stored_matrix(model.checkpoint, embedding).float()
 
+        def loss(scheme: Scheme) -> float:
+            changed = rounded(embedding, w, scheme, solver, SiteStatistics(Statistics(), 0))
+            stream = model.run(batches, embedding=changed.__getitem__)
+            [found] = compared(model, original, [stream], given=_head(model, changed))
+            return found
 
-def _loss(
-    model: StreamedModel, embedding: Site, batches: Sequence[Tensor], original: Stream, scheme: Scheme, solver: Solver
-) -> float:
-    w = stored_matrix(model.checkpoint, embedding).float()
-    changed = rounded(embedding, w, scheme, solver, SiteStatistics(Statistics(), 0))
-    stream = model.start(batches, embedding=changed.__getitem__)
-    _through(model, stream)
-    [loss] = compared(model, original, [stream], given=_head(model, changed))
-    return loss
-
-
-def _through(model: StreamedModel, stream: Stream) -> None:
-    for index in range(len(model.blocks)):
-        with model.opened(index) as block:
-            model.advance(block, index, stream)
+        [group] = groups
+        costs: list[float] = []
+        for scheme in group.schemes:
+            costs.append(0.0 if scheme is None else loss(scheme))
+            tell(len(costs), len(group.schemes))
+        return [costs]
 
 
 def _head(model: StreamedModel, changed: Tensor) -> Mapping[str, Tensor]:
