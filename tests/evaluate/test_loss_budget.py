@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pennyweight.evaluate.compare import WindowScores
-from pennyweight.evaluate.loss_budget import Trial, _Search, bounded
+from pennyweight.evaluate.judges import bounded
+from pennyweight.evaluate.loss_budget import Trial, _Search
 from pennyweight.plan.budget import Budget
 from pennyweight.plan.frontier import Point
 

@@ -35,6 +35,7 @@ def quantize(
     bpw: float | None = None,
     max_kl: float | None = None,
     max_loss: str | float | None = None,
+    task: str | Path | None = None,
     plan: str | Path | Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
     at: Sequence[str] = (),
@@ -65,11 +66,11 @@ def quantize(
 ) -> RunReport:
     """Quantize a model directory, Hub id or GGUF file into the new directory `out`, verified.
 
-    One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity) and `plan` (a file,
-    globs of sites -> schemes, a name like "Q4_K_M") stands in place of `scheme`; the rest as in Options. `tell` hears
-    of blocks, the others of steps, costs, plans tried. Raises PennyweightError, and then `out` does not exist."""
+    One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity, or points of the
+    `task` file) and `plan` (a file, globs of sites -> schemes, a name) stands in place of `scheme`; the rest as in
+    Options. `tell...` hear of blocks, steps, costs, trials. Raises PennyweightError, and then `out` does not exist."""
     options = Options(
-        scheme=scheme, bits=bits, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss),
+        scheme=scheme, bits=bits, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss, task=task),
         plan=given_plan(plan), keep=tuple(keep), at=tuple(at), runtime=runtime, effort=effort, rotate=rotate,
         transform=transform, solver=solver, staged=staged, refine=refine, recover=recover, loss_aware=loss_aware,
         recover_epochs=recover_epochs, fit=fit, importance=None if importance is None else str(importance),
