@@ -29,7 +29,7 @@ def evaluate(
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Perplexity, KL and agreement with the original on text; the metric of a task.
+    """Perplexity, KL, agreement with the original; a task's metric.
 
     Standard errors are over windows, or over items. Both models are run block by block.
     """

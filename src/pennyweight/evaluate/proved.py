@@ -77,15 +77,22 @@ def quantize(
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),
         samples=samples, length=length, seed=seed, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    evidence: dict[str, Any] = {}
-    if options.budget is not None and options.budget.is_of_loss:
-        chosen = planned(str(model), options, scratch=check_target(out).parent, tell=tell_cost, tell_trial=tell_trial)
-        options, evidence = replace(options, budget=None, keep=(), at=(), plan=chosen.entries), chosen.evidence
+    options, evidence = _settled(str(model), options, check_target(out).parent, tell=tell_cost, tell_trial=tell_trial)
     return run(
         str(model), out, options, finish=Recovery.of(options, tell_step),
         verify=partial(proved, runtime=runtime, extent=verification, trust_remote_code=trust_remote_code),
         tell=tell, tell_cost=tell_cost, evidence=evidence, hashes=hashes,
     )  # fmt: skip
+
+
+def _settled(
+    model: str, options: Options, scratch: Path, *, tell: CostTell, tell_trial: TellTrial
+) -> tuple[Options, dict[str, Any]]:
+    """`options` with the plan of a budget of loss in its place, and the evidence for it."""
+    if options.budget is None or not options.budget.is_of_loss:
+        return options, {}
+    chosen = planned(model, options, scratch=scratch, tell=tell, tell_trial=tell_trial)
+    return replace(options, budget=None, keep=(), at=(), plan=chosen.entries), chosen.evidence
 
 
 def proved(directory: Path, *, runtime: str, extent: Extent, trust_remote_code: bool) -> dict[str, Any]:
