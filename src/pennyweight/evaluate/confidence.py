@@ -34,7 +34,7 @@ def paired_bound(worse: int, better: int, items: int, *, errors: float = ERRORS)
     is errors² / (n + errors²), where mean and standard error would both be 0.
 
     >>> round(paired_bound(0, 0, 1000), 5), round(paired_bound(12, 4, 1000), 5)
-    (0.0054, 0.01915)
+    (0.0054, 0.01955)
     """
     low, high = (worse - better) / items, 1.0
     for _ in range(_HALVINGS):
