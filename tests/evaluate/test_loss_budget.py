@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pennyweight.core.errors import DataError, ModelError
 from pennyweight.evaluate import loss_budget
 from pennyweight.evaluate.compare import WindowScores
+from pennyweight.evaluate.confidence import paired_bound
 from pennyweight.evaluate.judges import TaskJudge, bounded
 from pennyweight.evaluate.loss_budget import Trial, _Search
 from pennyweight.evaluate.proved import quantize
@@ -29,9 +31,9 @@ from tests.evaluate.tasks import examples
 from tests.pipeline import tiny
 
 
-def _searched(points: list[Point], true: list[float], limit: float) -> tuple[int | None, int]:
+def _searched(points: list[Point], true: list[float], limit: float, scale: float = 1.0) -> tuple[int | None, int]:
     """What the search takes where the plan `index` loses true[index], and how many trials that takes."""
-    search = _Search(points, limit)
+    search = _Search(points, limit, scale=scale)
     while (index := search.next()) is not None:
         assert index not in search.tried
         loss = true[index]
@@ -60,6 +62,32 @@ def test_the_smallest_plan_that_holds_is_found_to_a_hundredth(
     assert found is not None
     assert true[found] <= limit
     assert points[found].size_bytes <= 1.0101 * points[first].size_bytes
+
+
+@settings(deadline=None, max_examples=60)
+@given(items=st.integers(300, 5000), share=st.floats(0.01, 0.5), limit=st.floats(0.5, 5), seed=st.integers(0, 99))
+def test_of_a_task_too_a_plan_is_found_that_holds_beside_one_that_does_not(
+    items: int, share: float, limit: float, seed: int
+) -> None:
+    """Accuracies: answers change with the root of the KL, most of them for nothing, and trials are noisy."""
+    points = [Point(int(10**6 * 1.01**index), 0.3 * 0.95**index, ()) for index in range(150)]
+    chosen = random.Random(seed)
+
+    def upper(cost: float) -> float:
+        differing = min(1.0, math.sqrt(cost)) * items
+        worse, better = (max(0, round(differing * part + chosen.gauss(0, 0.1 * differing**0.5)))
+                         for part in ((1 + share) / 2, (1 - share) / 2))  # fmt: skip
+        return 100 * paired_bound(worse, better, items)
+
+    true = [upper(point.cost) for point in points]
+    found, trials = _searched(points, true, limit, scale=100)
+    assert trials <= 12
+    if found is None:
+        assert true[-1] > limit
+        return
+    assert true[found] <= limit
+    # Points are a hundredth apart, and two of them are near enough.
+    assert found <= 1 or max(true[found - 2 : found]) > limit or trials == 12
 
 
 def test_predictions_that_are_right_need_few_trials() -> None:

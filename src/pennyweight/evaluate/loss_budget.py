@@ -160,7 +160,18 @@ class _Search:
             return None
         last = len(self.points) - 1
         wanted = next((index for index in range(last + 1) if self._expected(index) <= self.limit), last)
-        return min(max(wanted, self._low + 1), self._high - 1)
+        return min(max(self._hastened(wanted), self._low + 1), self._high - 1)
+
+    def _hastened(self, wanted: int) -> int:
+        """Where three trials on end went the same way, at least twice as far as the last step: what is expected may
+        come nearer to the limit without end, as of a bound that no cost brings down to 0."""
+        if len(self.tried) < 3:
+            return wanted
+        *_, (_, one), (before, two), (after, three) = self.tried.items()
+        if not one.holds == two.holds == three.holds:
+            return wanted
+        far = after + 2 * (after - before)
+        return min(wanted, far) if three.holds else max(wanted, far)
 
     def _is_close(self) -> bool:
         if self.best is None:
