@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.dense import stored_bytes
 from pennyweight.evaluate.compare import compare, evaluation_windows, mean_and_error
+from pennyweight.evaluate.sequences import each_output
+from pennyweight.evaluate.tasks.base import Passage, Tokens
+from pennyweight.evaluate.tasks.sentence_pairs import SentencePairs
+from pennyweight.evaluate.tasks.spearman import spearman
 from pennyweight.models import text
 from pennyweight.models.checkpoint import open_checkpoint
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.sizes import weight_count
-
-_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,14 @@ class SentenceJudge:
     def __init__(self, model: Path, pairs: Path, *, samples: int | None) -> None:
         self._model = StreamedModel(model)
         rows = read_pairs(pairs)[:samples]
-        self._gold = [score for _, _, score in rows]
+        self._gold = torch.tensor([score for _, _, score in rows], dtype=torch.float64)
         self.sentences = list(dict.fromkeys(sentence for row in rows for sentence in row[:2]))
         place = {sentence: index for index, sentence in enumerate(self.sentences)}
         self._left = torch.tensor([place[left] for left, _, _ in rows])
         self._right = torch.tensor([place[right] for _, right, _ in rows])
-        self._batches, self._order = _by_length(self.sentences, model)
+        tokenizer = text.load_tokenizer(model)
+        tokens = Tokens(tokenizer, text.special_tokens(tokenizer))
+        self._ids = [tokens.sentence(sentence).ids for sentence in self.sentences]
         self._embeddings = self._embed(self._model)
         self.reference = {"spearman": self._spearman(self._embeddings)}
 
@@ -116,40 +118,18 @@ class SentenceJudge:
 
     def _embed(self, model: StreamedModel) -> Tensor:
         """Unit vectors float64 [sentences, width]."""
-        stream = model.run(self._batches)
-        with model.finishing(stream) as finish:
-            found = torch.cat([finish(batch).double().mean(1) for batch in range(len(self._batches))])
-        ordered = torch.empty_like(found)
-        ordered[self._order] = found
-        return torch.nn.functional.normalize(ordered, dim=1)
+        metric = SentencePairs()
+        return torch.stack(each_output(model, self._ids, lambda output, index: metric.read(output, Passage(()))))
 
     def _spearman(self, embeddings: Tensor) -> float:
         cosines = (embeddings[self._left] * embeddings[self._right]).sum(1)
-        return float(spearmanr(cosines.numpy(), self._gold).statistic)
+        return spearman(cosines, self._gold)
 
 
 def read_pairs(path: Path) -> list[tuple[str, str, float]]:
     """Rows of an STS file: sentence, sentence, score."""
     with path.open(encoding="utf-8", newline="") as file:
         return [(left, right, float(score)) for left, right, score in csv.reader(file)]
-
-
-def _by_length(sentences: Sequence[str], model: Path) -> tuple[list[Tensor], Tensor]:
-    """Batches of token ids of equal length, and the sentence that each of their rows is."""
-    tokenizer = text.load_tokenizer(model)
-    groups: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-    for index, sentence in enumerate(sentences):
-        ids = tokenizer(sentence, padding=False, truncation=False)["input_ids"]
-        groups[len(ids)].append((index, ids))
-    batches: list[Tensor] = []
-    order: list[int] = []
-    for length, members in sorted(groups.items()):
-        step = max(1, _BATCH_TOKENS // length)
-        for start in range(0, len(members), step):
-            part = members[start : start + step]
-            batches.append(torch.tensor([ids for _, ids in part]))
-            order.extend(index for index, _ in part)
-    return batches, torch.tensor(order)
 
 
 def measure_sizes(candidate: StreamedModel, reference: StreamedModel) -> Sizes:

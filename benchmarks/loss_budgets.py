@@ -32,7 +32,7 @@ from benchmarks.results_file import ROOT, cache, circumstances, heading, note, o
 from benchmarks.subjects import DEMO
 from benchmarks.third_model import STEPS, make, unseen_text
 from pennyweight.evaluate.compare import WindowScores, compare
-from pennyweight.evaluate.loss_budget import bounded, unseen_windows
+from pennyweight.evaluate.judges import bounded, unseen_windows
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.measuring import Measuring
 from pennyweight.pipeline.options import Options

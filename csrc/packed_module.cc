@@ -85,6 +85,6 @@ void bind_packed(nb::module_& module) {
              "x [rows, cols] times several packed weights; `outs` [rows, rows of the weights] are written. `kind`: 0 "
              "float32, 1 bfloat16, 2 float16, the last two as uint16.");
 
-  module.def("read_memory", &digest, nb::arg("bytes"), nb::arg("threads"), nb::arg("kernels"),
+  module.def("read_memory", &digest, nb::arg("memory"), nb::arg("threads"), nb::arg("kernels"),
              "A digest of bytes: a plain read of memory, to compare with.");
 }

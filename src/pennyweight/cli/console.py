@@ -109,7 +109,9 @@ def trial_teller() -> Callable[[Trial], None]:
     def tell(trial: Trial) -> None:
         verdict = "holds" if trial.holds else "loses too much"
         found = f"loss {trial.loss:.4g}, at most {trial.upper:.4g}"
-        say(f"trial: {mebibytes(trial.size_bytes)} of tensors: {found}: {verdict}")
+        metric = "" if trial.metric is None else f"metric {trial.metric:.4g} after {trial.original:.4g}, "
+        state = "  (from an earlier run)" if trial.resumed else ""
+        say(f"trial: {mebibytes(trial.size_bytes)} of tensors: {metric}{found}: {verdict}{state}")
 
     return tell
 

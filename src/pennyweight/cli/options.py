@@ -34,7 +34,13 @@ Bpw = Annotated[
 MaxKl = Annotated[
     float | None, typer.Option(help="The smallest that loses no more, in nats of KL to the original per token.")
 ]
-MaxLoss = Annotated[str | None, typer.Option(help="The smallest whose perplexity is no higher than by this: 1%.")]
+MaxLoss = Annotated[
+    str | None,
+    typer.Option(help="The smallest whose perplexity is no higher than by this: 1%; with --task, points: 0.5."),
+]
+Task = Annotated[
+    str | None, typer.Option(help="Items that judge --max-loss, JSON lines: multiple choice, cloze or sentence pairs.")
+]
 Keep = Annotated[list[str] | None, typer.Option(help="Glob of weights that stay in float; may be given again.")]
 At = Annotated[
     list[str] | None, typer.Option(help="GLOB=SCHEME, '*.down_proj=int6-g32': what these get; may be given again.")

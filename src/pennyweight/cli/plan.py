@@ -28,6 +28,7 @@ def plan(
     bpw: shared.Bpw = None,
     max_kl: shared.MaxKl = None,
     max_loss: shared.MaxLoss = None,
+    task: shared.Task = None,
     keep: shared.Keep = None,
     at: shared.At = None,
     runtime: shared.Runtime = "transformers",
@@ -57,8 +58,8 @@ def plan(
     set_jobs(jobs)
     started = time.perf_counter()
     options = Options(
-        budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss), keep=tuple(keep or ()),
-        at=tuple(at or ()), runtime=runtime, effort=effort, calibration=calibration,  # type: ignore[arg-type]
+        budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss, task=task),
+        keep=tuple(keep or ()), at=tuple(at or ()), runtime=runtime, effort=effort, calibration=calibration,  # type: ignore[arg-type]
         samples=samples, length=length, seed=seed, device=device_of(device), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     place = None if out is None else check_target(out)

@@ -82,6 +82,7 @@ def quantize(
     bpw: shared.Bpw = None,
     max_kl: shared.MaxKl = None,
     max_loss: shared.MaxLoss = None,
+    task: shared.Task = None,
     plan: _Plan = None,
     keep: shared.Keep = None,
     at: shared.At = None,
@@ -120,7 +121,7 @@ def quantize(
     set_jobs(jobs)
     report = job(
         model, out, scheme=scheme, bits=bits, size=size, bpw=bpw, max_kl=max_kl,
-        max_loss=max_loss, plan=plan, keep=keep or (), at=at or (), runtime=runtime,
+        max_loss=max_loss, task=task, plan=plan, keep=keep or (), at=at or (), runtime=runtime,
         effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
         refine=refine, recover=recover, recover_epochs=recover_epochs,
         loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]

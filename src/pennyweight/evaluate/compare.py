@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +36,26 @@ class WindowScores:
     kl: float = 0.0
     agreements: int = 0
     cosine: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of all files of a model and of its original, and 8 x bytes of its weight tensors / weights of that."""
+
+    size_bytes: int
+    reference_size_bytes: int
+    bpw: float
+    reference_bpw: float
+
+    @staticmethod
+    def of(candidate: StreamedModel, reference: StreamedModel) -> Sizes:
+        weights = weight_count(reference)
+        return Sizes(
+            size_bytes=directory_bytes(candidate.path),
+            reference_size_bytes=directory_bytes(reference.path),
+            bpw=round(8 * tensor_bytes(candidate) / weights, 4),
+            reference_bpw=round(8 * tensor_bytes(reference) / weights, 4),
+        )
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,20 @@ def compare(
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[WindowScores]:
     """Scores of every window, in order; they do not depend on the number of threads."""
+    check_pair(candidate, reference)
+    batches = text.batches(windows)
+    streams = [model.start(batches) for model in (candidate, reference)]
+    total = len(reference.blocks)
+    for index in range(total):
+        for model, stream in zip((candidate, reference), streams, strict=True):
+            with model.opened(index) as block:
+                model.advance(block, index, stream)
+        tell(index + 1, total)
+    return _score(candidate, reference, streams, batches)
+
+
+def check_pair(candidate: StreamedModel, reference: StreamedModel) -> None:
+    """Raises ModelError where the one cannot have been made from the other."""
     if len(candidate.blocks) != len(reference.blocks) or candidate.config.model_type != reference.config.model_type:
         raise ModelError(
             f"{candidate.path} ({candidate.config.model_type}, {len(candidate.blocks)} blocks) is not made from "
@@ -122,15 +156,6 @@ def compare(
         raise ModelError(
             f"{candidate.path} has a vocabulary of {sizes[0]} and {reference.path} one of {sizes[1]}: name its original"
         )
-    batches = text.batches(windows)
-    streams = [model.start(batches) for model in (candidate, reference)]
-    total = len(reference.blocks)
-    for index in range(total):
-        for model, stream in zip((candidate, reference), streams, strict=True):
-            with model.opened(index) as block:
-                model.advance(block, index, stream)
-        tell(index + 1, total)
-    return _score(candidate, reference, streams, batches)
 
 
 def _score(
@@ -190,7 +215,6 @@ def _summary(
     scores: Sequence[WindowScores], candidate: StreamedModel, reference: StreamedModel, windows: Tensor
 ) -> Evaluation:
     tokens = sum(score.tokens for score in scores)
-    weights = weight_count(reference)
     is_decoder = reference.is_decoder
     kl, kl_error = mean_and_error([score.kl / score.tokens for score in scores])
     cosine, cosine_error = mean_and_error([score.cosine for score in scores])
@@ -206,10 +230,7 @@ def _summary(
         windows=len(scores),
         context=windows.shape[1],
         stride=windows.shape[1],
-        size_bytes=directory_bytes(candidate.path),
-        reference_size_bytes=directory_bytes(reference.path),
-        bpw=round(8 * tensor_bytes(candidate) / weights, 4),
-        reference_bpw=round(8 * tensor_bytes(reference) / weights, 4),
+        **asdict(Sizes.of(candidate, reference)),
     )
 
 

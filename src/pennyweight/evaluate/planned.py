@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pennyweight.core.errors import UsageError
+from pennyweight.core.files import to_json
+from pennyweight.core.version import versions
+from pennyweight.evaluate.judges import judge_of
 from pennyweight.evaluate.loss_budget import Found, Trial, smallest_that_holds
 from pennyweight.pipeline.costs.base import Tell as CostTell
 from pennyweight.pipeline.costs.base import tell_nobody
@@ -17,6 +21,7 @@ from pennyweight.pipeline.measuring import measuring
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.planning import Problem, problem_of, within
 from pennyweight.pipeline.prepare import drafted
+from pennyweight.pipeline.record import arithmetic
 from pennyweight.pipeline.run import quantize
 from pennyweight.plan.frontier import Point
 from pennyweight.plan.plan import Plan
@@ -40,9 +45,8 @@ class Planned:
         """What a budget of loss was judged by, for the record."""
         if self.found is None:
             return {}
-        trials = [asdict(trial) for trial in self.found.trials]
         of_budget = {"budget": str(self.draft.options.budget), "confidence": 0.95}
-        return {**of_budget, "windows": self.found.windows, "tokens": self.found.tokens, "trials": trials}
+        return {**of_budget, **self.found.about, "trials": [trial.evidence for trial in self.found.trials]}
 
     @property
     def entries(self) -> PlanEntries:
@@ -59,7 +63,8 @@ def planned(
     tell: CostTell = tell_nobody,
     tell_trial: TellTrial = lambda trial: None,
 ) -> Planned:
-    """The plan for `options.budget`, and everything that it was chosen from. Changes nothing but the cache of costs.
+    """The plan for `options.budget`, and everything that it was chosen from. Changes nothing but what is kept of
+    costs and trials.
 
     A budget of loss is kept by trial: plans are made in full in directories below `scratch` that go away, and judged.
     """
@@ -71,18 +76,42 @@ def planned(
 def _planned(
     model: str, draft: Draft, options: Options, *, scratch: Path | None, tell: CostTell, tell_trial: TellTrial
 ) -> Planned:
-    if options.budget is not None and options.budget.is_of_loss and not draft.is_run:
-        raise UsageError(f"{options.budget}: a loss is judged by running the model, and transformers does not run it")
+    budget = options.budget
+    if budget is None or not budget.is_of_loss:
+        problem = problem_of(draft, measuring(draft, tell))
+        return Planned(draft, problem, None if budget is None else within(draft, problem, budget), None)
+    if not draft.is_run:
+        raise UsageError(f"{budget}: a loss is judged by running the model, and transformers does not run it")
+    # Before anything is measured: what it is judged on may be of no use.
+    judge = judge_of(draft, budget)
     problem = problem_of(draft, measuring(draft, tell))
-    if options.budget is None:
-        return Planned(draft, problem, None, None)
-    if not options.budget.is_of_loss:
-        return Planned(draft, problem, within(draft, problem, options.budget), None)
-
-    def make(point: Point, out: Path) -> None:
-        entries = PlanEntries("a trial", problem.plan(problem.frontier.schemes(point)).names)
-        trial = replace(options, budget=None, keep=(), at=(), plan=entries)
-        quantize(model, out, trial, finish=Recovery.of(trial))
-
-    found = smallest_that_holds(draft, problem, make, scratch=scratch, tell=tell_trial)
+    maker = _Maker(model, draft, options, problem)
+    found = smallest_that_holds(draft, problem, judge, maker, scratch=scratch, tell=tell_trial)
     return Planned(draft, problem, problem.plan(problem.frontier.schemes(found.point)), found)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes plans of the frontier of `problem` as the run of `options` would."""
+
+    model: str
+    draft: Draft
+    options: Options
+    problem: Problem
+
+    def key(self, point: Point) -> str:
+        options = self._given(self.draft.options, point)
+        job = replace(self.draft, options=options).job(self._plan(point))
+        finish = Recovery.of(options)
+        recipe = replace(job.recipe, finish=None if finish is None else finish.name)
+        return hashlib.sha256((to_json(recipe) + to_json({**versions(), **arithmetic(job)})).encode()).hexdigest()[:32]
+
+    def make(self, point: Point, out: Path) -> None:
+        options = self._given(self.options, point)
+        quantize(self.model, out, options, finish=Recovery.of(options))
+
+    def _plan(self, point: Point) -> Plan:
+        return self.problem.plan(self.problem.frontier.schemes(point))
+
+    def _given(self, options: Options, point: Point) -> Options:
+        return replace(options, budget=None, keep=(), at=(), plan=PlanEntries("a trial", self._plan(point).names))

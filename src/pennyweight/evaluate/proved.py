@@ -35,6 +35,7 @@ def quantize(
     bpw: float | None = None,
     max_kl: float | None = None,
     max_loss: str | float | None = None,
+    task: str | Path | None = None,
     plan: str | Path | Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
     at: Sequence[str] = (),
@@ -65,26 +66,33 @@ def quantize(
 ) -> RunReport:
     """Quantize a model directory, Hub id or GGUF file into the new directory `out`, verified.
 
-    One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity) and `plan` (a file,
-    globs of sites -> schemes, a name like "Q4_K_M") stands in place of `scheme`; the rest as in Options. `tell` hears
-    of blocks, the others of steps, costs, plans tried. Raises PennyweightError, and then `out` does not exist."""
+    One of `size` ("4GB", all files), `bpw` (all tensors), `max_kl`, `max_loss` ("1%" of perplexity, or points of the
+    `task` file) and `plan` (a file, globs of sites -> schemes, a name) stands in place of `scheme`; the rest as in
+    Options. `tell...` hear of blocks, steps, costs, trials. Raises PennyweightError, and then `out` does not exist."""
     options = Options(
-        scheme=scheme, bits=bits, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss),
+        scheme=scheme, bits=bits, budget=parse_budget(size=size, bpw=bpw, max_kl=max_kl, max_loss=max_loss, task=task),
         plan=given_plan(plan), keep=tuple(keep), at=tuple(at), runtime=runtime, effort=effort, rotate=rotate,
         transform=transform, solver=solver, staged=staged, refine=refine, recover=recover, loss_aware=loss_aware,
         recover_epochs=recover_epochs, fit=fit, importance=None if importance is None else str(importance),
         calibration=calibration if calibration is None or isinstance(calibration, str) else tuple(calibration),
         samples=samples, length=length, seed=seed, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    evidence: dict[str, Any] = {}
-    if options.budget is not None and options.budget.is_of_loss:
-        chosen = planned(str(model), options, scratch=check_target(out).parent, tell=tell_cost, tell_trial=tell_trial)
-        options, evidence = replace(options, budget=None, keep=(), at=(), plan=chosen.entries), chosen.evidence
+    options, evidence = _settled(str(model), options, check_target(out).parent, tell=tell_cost, tell_trial=tell_trial)
     return run(
         str(model), out, options, finish=Recovery.of(options, tell_step),
         verify=partial(proved, runtime=runtime, extent=verification, trust_remote_code=trust_remote_code),
         tell=tell, tell_cost=tell_cost, evidence=evidence, hashes=hashes,
     )  # fmt: skip
+
+
+def _settled(
+    model: str, options: Options, scratch: Path, *, tell: CostTell, tell_trial: TellTrial
+) -> tuple[Options, dict[str, Any]]:
+    """`options` with the plan of a budget of loss in its place, and the evidence for it."""
+    if options.budget is None or not options.budget.is_of_loss:
+        return options, {}
+    chosen = planned(model, options, scratch=scratch, tell=tell, tell_trial=tell_trial)
+    return replace(options, budget=None, keep=(), at=(), plan=chosen.entries), chosen.evidence
 
 
 def proved(directory: Path, *, runtime: str, extent: Extent, trust_remote_code: bool) -> dict[str, Any]:

@@ -27,6 +27,13 @@ DIRECTORY = ".pennyweight"
 Known = dict[str, dict[str, float]]
 
 
+def kept_beside(model: Path, name: str) -> list[Path]:
+    """Where a file that is kept for the next run may be: beside the model in the directory `model`, or where that can't
+    be written, with the user's other caches."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [parent / name for parent in (model / DIRECTORY, user / "pennyweight")]
+
+
 @dataclass(frozen=True)
 class CostCache:
     """The costs of one key: `about` says what they depend on, `model` is the directory of the model."""
@@ -40,9 +47,7 @@ class CostCache:
 
     @property
     def paths(self) -> list[Path]:
-        """Where the file may be: beside the model, or where that can't be written, with the user's other caches."""
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return [parent / f"costs-{self.key}.json" for parent in (self.model / DIRECTORY, user / "pennyweight")]
+        return kept_beside(self.model, f"costs-{self.key}.json")
 
     def read(self) -> Known:
         """What is known from before; a file that is damaged counts as absent."""

@@ -1,0 +1,1 @@
+"""Tasks whose metric judges a model: one kind a file."""
