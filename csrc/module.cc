@@ -313,6 +313,8 @@ void add_products(ConstPanels panels, Matrix total, std::size_t left_begin, std:
 
 NB_MODULE(_native, module) {
   module.doc() = "The native kernels of Pennyweight.";
+  // Modules of torch hold packed weights until the interpreter ends; nothing is lost with them.
+  nb::set_leak_warnings(false);
 
   module.def("version", [] { return PENNYWEIGHT_VERSION; }, "Version of Pennyweight that this library was built from.");
 

@@ -75,7 +75,7 @@ struct PackedProduct {
 
 // Tokens that one call of `multiply` takes at most, and columns that are unpacked at a time.
 constexpr std::size_t kMostTokens = 96;
-constexpr std::size_t kPanelColumnsAtOnce = 2048;
+constexpr std::size_t kPanelColumnsAtOnce = 1024;
 // Two tiles unpacked, and sums of all tokens for these.
 constexpr std::size_t kScratchBytes = 2 * kTileRows * kPanelColumnsAtOnce + 2 * kTileRows * kMostTokens * sizeof(float);
 

@@ -12,6 +12,8 @@
 #include "packed_round.h"
 
 #define PENNYWEIGHT_INLINE inline __attribute__((always_inline))
+// Numbers of a loop that is unrolled stay in registers.
+#define PENNYWEIGHT_UNROLL _Pragma("GCC unroll 16")
 
 namespace pennyweight {
 namespace {
@@ -43,7 +45,24 @@ struct Strips {
   const std::uint8_t* codes[kStrips];
   const std::uint8_t* scales[kStrips];
   const std::uint8_t* zeros[kStrips];
+  const std::uint8_t* ends[kStrips];  // of the codes of the tile; null for panels
 };
+
+// Codes are asked for so many bytes before they are read; scales, a tile before. Processors follow a stream by
+// themselves, but not from the end of one tile's codes to the next tile's, nor over the border of a page.
+constexpr std::size_t kAhead = 2048;
+
+template <class L, int kStrips>
+PENNYWEIGHT_INLINE void prefetch_group(const PackedWeights& w, const Strips<kStrips>& at) {
+  if (at.ends[0] == nullptr) return;
+  const std::size_t group_bytes = w.group * kTileRows * w.bits / 8;
+  for (int s = 0; s < kStrips; s += static_cast<int>(kTileRows) / L::kRows) {
+    const std::uint8_t* soon = at.codes[s] + kAhead;
+    if (soon >= at.ends[s]) soon += L::kTiles * w.tile_bytes - w.code_bytes;
+    for (std::size_t byte = 0; byte < group_bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 2);
+    __builtin_prefetch(at.scales[s] + L::kTiles * w.tile_bytes, 0, 2);
+  }
+}
 
 // A block of tokens at the same group.
 struct TokensAt {
@@ -66,10 +85,11 @@ PENNYWEIGHT_INLINE void add_quads(const std::uint8_t* const* chunks, const std::
                                   typename L::Ints (&sums)[kStrips][kBlock]) {
   if constexpr (q < kQuads) {
     typename L::Bytes codes[kStrips];
-    for (int s = 0; s < kStrips; ++s) codes[s] = quad_of<L, kBits, kQuads, q>(chunks[s]);
-    for (int t = 0; t < kBlock; ++t) {
+    PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) codes[s] = quad_of<L, kBits, kQuads, q>(chunks[s]);
+    PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) {
       const typename L::Bytes word = L::spread(words[q * kBlock + t]);
-      for (int s = 0; s < kStrips; ++s) sums[s][t] = L::template dot<kWide>(sums[s][t], codes[s], word);
+      PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) sums[s][t] =
+          L::template dot<kWide>(sums[s][t], codes[s], word);
     }
     add_quads<L, kStrips, kBlock, kBits, kWide, q + 1, kQuads>(chunks, words, sums);
   }
@@ -85,27 +105,28 @@ __attribute__((noinline)) void add_groups(const PackedWeights& w, Strips<kStrips
   const std::size_t chunks = w.group / (4 * kQuads);
   const std::size_t scale_step = kTileRows * (w.scale == FloatKind::kFloat32 ? 4 : 2);
   typename L::Floats totals[kStrips][kBlock];
-  for (int s = 0; s < kStrips; ++s) {
-    for (int t = 0; t < kBlock; ++t) totals[s][t] = L::floats(0.0f);
+  PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) {
+    PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) totals[s][t] = L::floats(0.0f);
   }
   for (std::size_t g = 0; g < groups; ++g) {
+    prefetch_group<L, kStrips>(w, at);
     typename L::Ints sums[kStrips][kBlock];
-    for (int s = 0; s < kStrips; ++s) {
+    PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) {
       if (w.zero == ZeroKind::kInteger) {
         const typename L::Ints zero = L::load_bytes(at.zeros[s]);
-        for (int t = 0; t < kBlock; ++t) sums[s][t] = L::times(zero, -block.sums[t]);
+        PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) sums[s][t] = L::times(zero, -block.sums[t]);
         at.zeros[s] += kTileRows;
       } else {
-        for (int t = 0; t < kBlock; ++t) sums[s][t] = L::ints(block.starts[t]);
+        PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) sums[s][t] = L::ints(block.starts[t]);
       }
     }
     for (std::size_t c = 0; c < chunks; ++c, block.words += kQuads * kBlock) {
       add_quads<L, kStrips, kBlock, kBits, kWide, 0, kQuads>(at.codes, block.words, sums);
-      for (int s = 0; s < kStrips; ++s) at.codes[s] += 8 * kBits * kQuads;
+      PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) at.codes[s] += 8 * kBits * kQuads;
     }
-    for (int s = 0; s < kStrips; ++s) {
+    PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) {
       const typename L::Floats scale = L::load_floats(at.scales[s], w.scale);
-      for (int t = 0; t < kBlock; ++t) {
+      PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) {
         totals[s][t] =
             L::add_product(totals[s][t], L::product(scale, L::floats(block.scales[t])), L::floats_of(sums[s][t]));
       }
@@ -113,7 +134,7 @@ __attribute__((noinline)) void add_groups(const PackedWeights& w, Strips<kStrips
       if (w.zero == ZeroKind::kFloat || w.zero == ZeroKind::kOffset) {
         typename L::Floats zero = L::load_floats(at.zeros[s], w.scale);
         if (w.zero == ZeroKind::kFloat) zero = L::product(zero, scale);
-        for (int t = 0; t < kBlock; ++t) {
+        PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) {
           const float sum = block.scales[t] * static_cast<float>(block.sums[t]) * result.zero_factor;
           totals[s][t] = L::add_product(totals[s][t], zero, L::floats(-sum));
         }
@@ -124,8 +145,8 @@ __attribute__((noinline)) void add_groups(const PackedWeights& w, Strips<kStrips
     block.starts += kBlock;
     block.scales += kBlock;
   }
-  for (int s = 0; s < kStrips; ++s) {
-    for (int t = 0; t < kBlock; ++t) {
+  PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) {
+    PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) {
       float* out = result.out + static_cast<std::size_t>(t) * result.stride + s * L::kRows;
       L::store_floats(out, L::add_product(L::load_floats(out), totals[s][t], L::floats(result.factor)));
     }
@@ -252,6 +273,8 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
   const std::size_t float_bytes = w.scale == FloatKind::kFloat32 ? 4 : 2;
   const std::size_t zero_bytes = w.zero == ZeroKind::kInteger ? 1 : float_bytes;
   const bool is_direct = L::kHasPlanes && blocks == 1 && w.table.count == 0 && w.group % 32 == 0;
+  const std::size_t group_bytes = w.group * kTileRows * w.bits / 8;
+  const bool is_bytes = w.bits == 8 && w.table.count == 0;
   const std::size_t step = is_direct ? w.groups : kPanelColumnsAtOnce / w.group;
   for (std::size_t begin = 0; begin < w.groups; begin += step) {
     const std::size_t groups = begin + step < w.groups ? step : w.groups - begin;
@@ -261,10 +284,11 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
         const std::size_t row = static_cast<std::size_t>(s % kPerTile * L::kRows);
         const std::uint8_t* from = w.tiles + (tile + static_cast<std::size_t>(s / kPerTile)) * w.tile_bytes;
         std::uint8_t* unpacked = panel + static_cast<std::size_t>(s / kPerTile) * kTileRows * kPanelColumnsAtOnce;
-        at.codes[s] = from + begin * w.group * kTileRows * w.bits / 8 + 4 * row;
+        at.codes[s] = from + begin * group_bytes + 4 * row;
         at.scales[s] = from + w.code_bytes + (begin * kTileRows + row) * float_bytes;
         at.zeros[s] = from + w.code_bytes + w.scale_bytes + (begin * kTileRows + row) * zero_bytes;
-        if (is_direct) continue;
+        at.ends[s] = is_direct ? from + w.code_bytes : nullptr;
+        if (is_direct || is_bytes) continue;
         if (row == 0) {
           unpack_groups<L>(w, at.codes[s], groups, w.table.count != 0 ? w.table.bytes[plane] : nullptr, unpacked);
         }
@@ -321,8 +345,10 @@ template <class L>
 void multiply_tiles(const PackedProduct& product) {
   std::uint8_t* panel = static_cast<std::uint8_t*>(product.scratch);
   float* sums = reinterpret_cast<float*>(panel + 2 * kTileRows * kPanelColumnsAtOnce);
+  const std::size_t count = (product.row_end - product.row_begin) * product.tokens.planes;
+  const std::size_t tokens = (count + product.tokens.block - 1) / product.tokens.block * product.tokens.block;
   for (std::size_t tile = product.tile_begin; tile < product.tile_end;) {
-    for (std::size_t i = 0; i < 2 * kTileRows * kMostTokens; ++i) sums[i] = 0.0f;
+    for (std::size_t i = 0; i < 2 * kTileRows * tokens; ++i) sums[i] = 0.0f;
     if (L::kTiles == 2 && tile + 2 <= product.tile_end) {
       add_tiles<L, L::kTiles>(product, tile, panel, sums);
       write_tile(product, tile, sums, L::kTiles * kTileRows);

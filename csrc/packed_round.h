@@ -1,8 +1,8 @@
 // Activations rounded to bytes, compiled once for each instruction set.
 #pragma once
 
+#include "lanes.h"
 #include "packed.h"
-#include "rounding.h"
 
 namespace pennyweight {
 namespace {
@@ -30,17 +30,53 @@ inline std::uint16_t narrowed(float x, FloatKind kind) {
 // Groups whose numbers are all this small count as zeros: their scales would have no inverse.
 constexpr float kSmallestScale = 1e-30f;
 
+typedef std::int8_t ByteLanes __attribute__((vector_size(kGroups)));
+
+inline Lanes lanes_at(const float* x) {
+  Lanes y;
+  __builtin_memcpy(&y, x, sizeof y);
+  return y;
+}
+
+template <int kHalf>
+inline Mask swapped_whole(Mask x) {
+  return (Mask)swapped<kHalf>((Lanes)x);
+}
+
+inline Mask max_of(Mask a, Mask b) { return a > b ? a : b; }
+
+inline std::uint32_t largest_magnitude(const float* x, std::size_t count) {
+  Mask most = {};
+  for (std::size_t k = 0; k < count; k += kGroups) {
+    most = max_of(most, (Mask)lanes_at(x + k) & 0x7fffffff);
+  }
+  most = max_of(most, swapped_whole<8>(most));
+  most = max_of(most, swapped_whole<4>(most));
+  most = max_of(most, swapped_whole<2>(most));
+  most = max_of(most, swapped_whole<1>(most));
+  return static_cast<std::uint32_t>(most[0]);
+}
+
 // `left` [group] rounded to bytes with this scale; what they do not hold stays in it.
 inline std::int32_t round_plane(float* left, std::size_t group, float scale, std::int8_t* bytes) {
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  std::int32_t sum = 0;
-  for (std::size_t k = 0; k < group; ++k) {
-    const float value = round_even(left[k] * inverse);
-    bytes[k] = static_cast<std::int8_t>(static_cast<std::int32_t>(value));
-    left[k] -= value * scale;
-    sum += static_cast<std::int32_t>(value);
+  const std::int32_t magic = static_cast<std::int32_t>(bits_of(kMagic));
+  Mask sums = {};
+  for (std::size_t k = 0; k < group; k += kGroups) {
+    const Lanes numbers = lanes_at(left + k);
+    const Lanes moved = numbers * lanes(inverse) + lanes(kMagic);
+    const Mask values = (Mask)moved - magic;
+    const ByteLanes narrow = __builtin_convertvector(values, ByteLanes);
+    const Lanes rest = numbers - (moved - lanes(kMagic)) * lanes(scale);
+    __builtin_memcpy(bytes + k, &narrow, sizeof narrow);
+    __builtin_memcpy(left + k, &rest, sizeof rest);
+    sums += values;
   }
-  return sum;
+  sums += swapped_whole<8>(sums);
+  sums += swapped_whole<4>(sums);
+  sums += swapped_whole<2>(sums);
+  sums += swapped_whole<1>(sums);
+  return sums[0];
 }
 
 inline void read_group(const RoundTokens& tokens, std::size_t row, std::size_t begin, std::size_t count, float* out) {
@@ -68,11 +104,7 @@ void round_tokens(const RoundTokens& tokens) {
       const std::size_t count = g + 1 == groups ? tokens.cols - g * group : group;
       read_group(tokens, row, g * group, count, numbers);
       for (std::size_t k = count; k < group; ++k) numbers[k] = 0.0f;
-      std::uint32_t most = 0;
-      for (std::size_t k = 0; k < group; ++k) {
-        const std::uint32_t magnitude = bits_of(numbers[k]) & 0x7fffffffu;
-        most = magnitude > most ? magnitude : most;
-      }
+      const std::uint32_t most = largest_magnitude(numbers, group);
       const bool is_finite = most < 0x7f800000u;
       float scale = is_finite ? float_of(most) / 127.0f : 0.0f;
       if (scale < kSmallestScale) scale = 0.0f;

@@ -56,10 +56,12 @@ class Packed:
     def __init__(self, storage: Tensor) -> None: ...
 
 def packed_multiply(
-    x: Tensor,
+    x: int,
+    rows: int,
+    cols: int,
     matrices: list[Packed],
-    biases: list[Tensor | None],
-    outs: list[Tensor],
+    biases: list[int],
+    outs: list[int],
     kind: int,
     is_exact: bool,
     threads: int,

@@ -188,11 +188,11 @@ def codes_of(packed: Tensor, layout: Layout) -> Tensor:
     """The inverse of `planes_of`: uint8 codes [tiles * 16, groups * group] of bytes [tiles, code_bytes]."""
     quads, tiles = layout.chunk // 4, packed.shape[0]
     chunks = packed.view(tiles, -1, quads * 8 * layout.bits)
-    codes, low, start = torch.zeros(tiles, chunks.shape[1], quads, 64, dtype=torch.uint8), 0, 0
+    codes, low, start = packed.new_zeros(tiles, chunks.shape[1], quads, 64), 0, 0
     for bits in layout.planes:
         length = quads * 8 * bits
         plane = chunks[..., start : start + length].reshape(tiles, chunks.shape[1], -1, 1, 64)
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(-1, 1)
         codes |= ((plane >> shifts) & (2**bits - 1)).view_as(codes) << low
         low, start = low + bits, start + length
     rows = codes.view(tiles, -1, quads, TILE_ROWS, 4).permute(0, 3, 1, 2, 4)

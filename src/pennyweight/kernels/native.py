@@ -36,7 +36,12 @@ def native() -> ModuleType | None:
     Raises UsageError for any other value than those above, and MissingExtraError where the library is asked for
     and is not there.
     """
-    choice = os.environ.get(VARIABLE) or "auto"
+    return _loaded(os.environ.get(VARIABLE) or "auto")
+
+
+# Asked before every product.
+@cache
+def _loaded(choice: str) -> ModuleType | None:
     if choice not in _CHOICES:
         raise UsageError(f"{VARIABLE}={choice} is not one of {', '.join(_CHOICES)}: correct it or unset it")
     if choice == "torch":
@@ -55,16 +60,26 @@ def native() -> ModuleType | None:
 def kernel_table() -> str | None:
     """The native kernels in use: those that PENNYWEIGHT_KERNELS names, else the best that the processor can run; None
     without the native library. Raises UsageError where the processor cannot run those that are named."""
-    library = native()
+    return _chosen(os.environ.get(VARIABLE) or "auto")
+
+
+@cache
+def _chosen(choice: str) -> str | None:
+    library = _loaded(choice)
     if library is None:
         return None
     there: list[str] = library.kernel_tables()
-    choice = os.environ.get(VARIABLE) or "auto"
     if choice not in _TABLES:
         return there[0]
     if choice not in there:
         raise UsageError(f"{VARIABLE}={choice}: this processor has {', '.join(there)}: name one of these, or auto")
     return choice
+
+
+def forget() -> None:
+    """Look for the library again when it is next asked for."""
+    _loaded.cache_clear()
+    _chosen.cache_clear()
 
 
 def multiplies_bfloat16() -> bool:

@@ -149,7 +149,7 @@ class PackedMatrix:
             tiles, place = torch.unique(rows // TILE_ROWS, return_inverse=True)
             return self._decode_tiles(self._tiles[tiles])[place * TILE_ROWS + rows % TILE_ROWS]
         start, stop, step = rows.indices(self.layout.rows)
-        out = torch.empty(max(stop - start, 0), self.layout.cols)
+        out = torch.empty(max(stop - start, 0), self.layout.cols, device=self.storage.device)
         first = start // TILE_ROWS
 
         def one(part: slice) -> None:
@@ -202,14 +202,15 @@ def multiply(
     library = native()
     if library is None or x.device.type != "cpu":
         return [_plain_product(x, matrix, bias, activations) for matrix, bias in zip(matrices, added, strict=True)]
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    outs = [x.new_empty(*rows.shape[:1], matrix.shape[0]) for matrix in matrices]
+    rows = x.reshape(-1, x.shape[-1]).contiguous() if x.numel() else x.new_empty(0, x.shape[-1])
+    outs = [x.new_empty(len(rows), matrix.layout.rows) for matrix in matrices]
+    floats = [None if bias is None else bias.to(torch.float32).contiguous() for bias in added]
     library.packed_multiply(
-        _bits(rows), [matrix.native for matrix in matrices],
-        [None if bias is None else bias.float() for bias in added], [_bits(out) for out in outs],
+        rows.data_ptr(), len(rows), rows.shape[1], [matrix.native for matrix in matrices],
+        [0 if bias is None else bias.data_ptr() for bias in floats], [out.data_ptr() for out in outs],
         _NATIVE_INPUTS[x.dtype], activations == "exact", allowed_threads(), kernel_table(),
     )  # fmt: skip
-    return [out.view(*x.shape[:-1], -1) for out in outs]
+    return outs if x.ndim == 2 else [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
 def round_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -224,13 +225,13 @@ def round_activations(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _plain_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, activations: Activations) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).float()
+    rows = x.reshape(-1, matrix.layout.cols).float()
     if activations == "int8":
         codes, scales = round_activations(rows, matrix.layout.group)
         rows = (codes.float() * scales).flatten(1)[:, : rows.shape[1]]
     out = rows @ matrix.decode().to(x.device).T
     out = out if bias is None else out + bias.float()
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+    return out.to(x.dtype).view(*x.shape[:-1], matrix.layout.rows)
 
 
 def _narrowest(given: Sequence[Tensor]) -> torch.dtype:
@@ -239,8 +240,3 @@ def _narrowest(given: Sequence[Tensor]) -> torch.dtype:
         if all(torch.equal(x.float(), x.to(kind).float()) for x in given):
             return kind
     return torch.float32
-
-
-def _bits(x: Tensor) -> Tensor:
-    """Half-precision numbers as the integers that the native library takes."""
-    return x if x.dtype == torch.float32 else x.view(torch.uint16)
