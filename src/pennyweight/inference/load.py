@@ -47,6 +47,17 @@ class LoadReport:
     is_fresh: bool
     notes: list[str]
 
+    def lines(self) -> list[str]:
+        """What a user should know, in sentences; nothing where all went as usual."""
+        told = list(self.notes)
+        if self.is_fresh and self.cache is not None:
+            told.append(f"packed weights are kept in {self.cache} ({self.cache_bytes / 2**20:.1f} MiB)")
+        if self.decoded:
+            name, why = next(iter(self.decoded.items()))
+            more = f" and {len(self.decoded) - 1} more" if len(self.decoded) > 1 else ""
+            told.append(f"{name}{more}: kept as floats: {why}")
+        return told
+
 
 def load(
     directory: str | Path,

@@ -43,11 +43,13 @@ class SharedInput:
         return self._computed(x, index) if found is None else found
 
     def _computed(self, x: Tensor, index: int) -> Tensor:
-        matrices = [member.matrix for member in self._members]
-        biases = [member.bias for member in self._members]
-        outputs = multiply(x, matrices, biases=biases, activations=self._members[index].activations)
-        out = outputs[index]
-        self._kept = _Kept(x, {place: made for place, made in enumerate(outputs) if place != index})
+        kind = self._members[index].activations
+        together = {place: member for place, member in enumerate(self._members) if member.activations == kind}
+        matrices = [member.matrix for member in together.values()]
+        biases = [member.bias for member in together.values()]
+        outputs = dict(zip(together, multiply(x, matrices, biases=biases, activations=kind), strict=True))
+        out = outputs.pop(index)
+        self._kept = _Kept(x, outputs)
         return out
 
 
