@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -70,7 +71,8 @@ def test_experts_of_different_schemes_run_in_the_models_own_forward(tmp_path: Pa
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma3", "phi3", "phi", "opt", "gpt-neox", "mixtral",
-                                    "qwen3-moe", "deepseek-v3", "bert"])  # fmt: skip
+                                    "qwen3-moe", "deepseek-v3", "bert", "llava", "gemma3-vision",
+                                    "qwen2-vl"])  # fmt: skip
 def test_families_are_loaded_as_transformers_would_have_them(family: str, tmp_path: Path) -> None:
     known = FAMILIES[family]
     built: Any = build(known.architecture, known.config)
@@ -137,6 +139,44 @@ def test_a_model_generates_with_its_cache_as_transformers_does(tmp_path: Path) -
     ids, kind = artefacts.TOKENS[:1, 1:6], dict(max_new_tokens=8, do_sample=False)
     expected = decoded_model(src, artefact).generate(ids, **kind)
     assert torch.equal(model.generate(ids, **kind), expected)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_checkpoints_of_others_are_packed_where_their_groups_lie_together(kind: str, tmp_path: Path) -> None:
+    src = artefacts.llama(tmp_path / "model", dtype=torch.float16)
+    tensors, dense = dict(src.tensors), dict(src.tensors)
+    layer: Any = importlib.import_module(f"tests.models.decoders.test_{kind}").linear
+    for site in src.sites:
+        del tensors[site.tensor]
+        odd = {"order": True} if kind == "gptq" and site.name.endswith("0.mlp.down_proj") else {}
+        made, weight = layer(out=site.shape[0], inputs=site.shape[1], groups=2, **odd)
+        # Weights of this model's size, of what are numbers up to 15 times a scale.
+        made["l.scales"], dense[site.tensor] = made["l.scales"] / 256, weight / 256
+        tensors |= {f"{site.name}.{name.removeprefix('l.')}": tensor.contiguous() for name, tensor in made.items()}
+    config = {"quant_method": kind, "bits": 4, "group_size": 32, "version": "gemm"}
+    artefact = artefacts.save(src, tensors, dense, config, tmp_path / "out")
+    model = pw.load(artefact.directory, activations="exact", dtype=torch.float32, cache=False)
+    assert model.load_report.packed == (13 if kind == "gptq" else 14)
+    assert set(model.load_report.decoded) == ({"model.layers.0.mlp.down_proj.weight"} if kind == "gptq" else set())
+    # Rounded to float16 where they were decoded.
+    assert distance(logits(model), logits(decoded_model(src, artefact).float())) < 2e-3
+
+
+def test_a_whole_model_is_one_graph(tmp_path: Path) -> None:
+    src = artefacts.llama(tmp_path / "model")
+    model = pw.load(write(src, src.plan("int4-g32"), tmp_path / "out").directory, cache=False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=artefacts.TOKENS).logits, logits(model))
+        program = torch.export.export(model, (), {"input_ids": artefacts.TOKENS, "use_cache": False})
+        assert torch.equal(program.module()(input_ids=artefacts.TOKENS, use_cache=False).logits, logits(model))
+
+
+def test_a_loaded_model_is_not_saved_under_names_that_nobody_reads(tmp_path: Path) -> None:
+    src = artefacts.llama(tmp_path / "model")
+    model = pw.load(write(src, src.plan("int4-g32"), tmp_path / "out").directory, cache=False)
+    with pytest.raises(UsageError, match="copy its directory instead"):
+        model.save_pretrained(tmp_path / "saved")
 
 
 # ---- what cannot be loaded

@@ -23,8 +23,8 @@ def run(
 ) -> None:
     """Continue a prompt.
 
-    GGUF is run by llama.cpp, on the processor; compressed-tensors there by Pennyweight, which multiplies with the
-    packed weights and keeps them in a file beside the model; everything else by transformers. The text is streamed.
+    GGUF is run by llama.cpp, on the processor; compressed-tensors, GPTQ and AWQ there by Pennyweight, which multiplies
+    with the packed weights and keeps them in a file beside the model; all else by transformers. The text is streamed.
     """
     from pennyweight.cli.console import device_of, say
     from pennyweight.evaluate.generate import check_runtime, generate

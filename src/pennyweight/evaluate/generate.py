@@ -21,6 +21,8 @@ from pennyweight.models.skeleton import read_config
 
 # "auto": packed weights are multiplied with as they are, on the processor; "transformers" decodes them.
 Runtime = Literal["auto", "transformers"]
+# Kinds of quantization whose codes are multiplied with as they are.
+_PACKED = ("compressed-tensors", "gptq", "awq")
 
 
 def quiet_transformers() -> None:
@@ -103,7 +105,7 @@ def _check_continues(path: Path, *, trust_remote_code: bool) -> None:
 
 def _is_packed(path: Path) -> bool:
     settings = read_config_json(path).get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quant_method") == "compressed-tensors"
+    return isinstance(settings, dict) and settings.get("quant_method") in _PACKED
 
 
 def _by_packed_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,13 @@ def load(
         shared=shared, cache=found.path if found.size_bytes else None, cache_bytes=found.size_bytes, is_fresh=is_fresh,
         notes=[*found.notes["said"], *problems],
     )  # fmt: skip
+    # It would write bytes under names that nobody reads.
+    model.save_pretrained = partial(_refuse_to_save, path)
     return model.to(device)
+
+
+def _refuse_to_save(path: Path, *_: Any, **__: Any) -> None:
+    raise UsageError(f"{path}: a model with packed weights is not saved: copy its directory instead")
 
 
 # ---- the weights
