@@ -51,7 +51,7 @@ def test_another_artefact_is_further_away_than_what_packing_changes(artefact: Pa
     model = pw.load(file, activations="exact", dtype=torch.float32)
     name = model.load_report.shared[0][0]
     cached = model.load_report.cache
-    storage = model.get_submodule(name).storage
+    storage = model.get_submodule(name).packed.storage
     raw = cached.read_bytes()
     at = raw.index(bytes(storage[:64].tolist())) + 64
     cached.write_bytes(raw[:at] + bytes(byte ^ 0x77 for byte in raw[at : at + 512]) + raw[at + 512 :])

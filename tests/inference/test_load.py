@@ -120,7 +120,7 @@ def test_a_packed_embedding_shares_its_matrix_with_a_tied_head(is_tied: bool, tm
     assert isinstance(model.model.embed_tokens, PackedEmbedding)
     assert isinstance(model.lm_head, PackedLinear) == is_tied
     if is_tied:
-        assert model.lm_head.storage.data_ptr() == model.model.embed_tokens.storage.data_ptr()
+        assert model.lm_head.packed.storage.data_ptr() == model.model.embed_tokens.packed.storage.data_ptr()
     assert distance(logits(model), logits(decoded_model(src, artefact))) < TOLERANCE
 
 

@@ -59,9 +59,9 @@ def test_a_packed_linear_is_the_linear_of_the_decoded_weight(shape: tuple[int, .
 
 def test_a_packed_linear_keeps_its_weights_when_the_models_type_changes() -> None:
     linear, plain = _linear()
-    before = linear.storage.clone()
+    before = linear.packed.storage.clone()
     narrow = linear.to(torch.bfloat16)
-    assert torch.equal(narrow.storage, before)
+    assert torch.equal(narrow.packed.storage, before)
     assert narrow.bias is not None
     assert narrow.bias.dtype == torch.bfloat16
     x = torch.randn(3, 64).bfloat16()
@@ -137,9 +137,9 @@ def test_the_operators_are_what_torch_expects_of_operators() -> None:
     linear, _ = _linear()
     from pennyweight.inference.operator import described, packed_product, packed_rows
 
-    text = described([linear.matrix.layout])
-    torch.library.opcheck(packed_product, (torch.randn(3, 64), [linear.storage], [linear.bias], text, "int8"))
-    torch.library.opcheck(packed_rows, (torch.tensor([1, 2]), linear.storage, text, torch.bfloat16))
+    text = described([linear.packed.matrix.layout])
+    torch.library.opcheck(packed_product, (torch.randn(3, 64), [linear.packed.storage], [linear.bias], text, "int8"))
+    torch.library.opcheck(packed_rows, (torch.tensor([1, 2]), linear.packed.storage, text, torch.bfloat16))
 
 
 # ---- one input, several maps

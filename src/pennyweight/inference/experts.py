@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.core.errors import UsageError
+from pennyweight.inference.modules import PackedWeight
 from pennyweight.inference.operator import check_activations
-from pennyweight.kernels.layout import Layout
 from pennyweight.kernels.packed import Activations, PackedMatrix, multiply
 
 # A matrix of an expert, or rows of it (gate and up are two parts of one): packed, or floats [rows, in].
@@ -25,22 +25,21 @@ class PackedStack(nn.Module):
         """The parts of each expert are its rows, in order."""
         super().__init__()
         self.activations: Activations = check_activations(activations)
-        self._layouts: list[list[Layout | None]] = []
+        self._counts = [len(parts) for parts in experts]
         for index, parts in enumerate(experts):
-            self._layouts.append([part.layout if isinstance(part, PackedMatrix) else None for part in parts])
             for place, part in enumerate(parts):
-                self.register_buffer(f"{index}_{place}", part.storage if isinstance(part, PackedMatrix) else part)
+                if isinstance(part, PackedMatrix):
+                    self.add_module(f"{index}_{place}", PackedWeight(part))
+                else:
+                    self.register_buffer(f"{index}_{place}", part)
 
     def __len__(self) -> int:
-        return len(self._layouts)
+        return len(self._counts)
 
     def __getitem__(self, expert: int | Tensor) -> PackedExpert:
         index = int(expert)
-        buffers = [self._buffers[f"{index}_{place}"] for place in range(len(self._layouts[index]))]
-        parts: list[Part] = []
-        for layout, buffer in zip(self._layouts[index], buffers, strict=True):
-            assert buffer is not None
-            parts.append(buffer if layout is None else PackedMatrix(layout, buffer))
+        held = [getattr(self, f"{index}_{place}") for place in range(self._counts[index])]
+        parts = [one.matrix if isinstance(one, PackedWeight) else one for one in held]
         return PackedExpert(parts, self.activations)
 
 

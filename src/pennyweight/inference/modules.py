@@ -17,6 +17,32 @@ class Shared(Protocol):
     def output(self, x: Tensor, index: int) -> Tensor: ...
 
 
+class PackedWeight(nn.Module):
+    """A packed matrix whose bytes are the buffer `storage`; `layout` describes it to the operators."""
+
+    storage: Tensor
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        super().__init__()
+        self.register_buffer("storage", matrix.storage)
+        self.layout = described([matrix.layout])
+        self._matrix = matrix
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        # A matrix keeps what kernels know of its bytes; another buffer, on another device, is another matrix.
+        if self._matrix.storage is not self.storage:
+            self._matrix = PackedMatrix(self._matrix.layout, self.storage)
+        return self._matrix
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrix": PackedMatrix(self._matrix.layout, self.storage)}
+
+    def extra_repr(self) -> str:
+        rows, cols = self._matrix.shape
+        return f"{rows} x {cols}, {self._matrix.layout.bits} bits in groups of {self._matrix.layout.group}"
+
+
 class PackedLinear(nn.Module):
     """y = x Wᵀ + b with the rows of W packed: nn.Linear for inference, x [..., in_features] of any float type.
 
@@ -24,26 +50,20 @@ class PackedLinear(nn.Module):
     see `kernels.packed.multiply`. Nothing is recorded for gradients.
     """
 
-    storage: Tensor
+    packed: PackedWeight
 
     def __init__(self, matrix: PackedMatrix, *, bias: Tensor | None, activations: Activations) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
         self.activations: Activations = check_activations(activations)
-        self.register_buffer("storage", matrix.storage)
+        self.packed = PackedWeight(matrix)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._layout = matrix.layout
-        self._described = described([matrix.layout])
         self._shared: tuple[Shared, int] | None = None
-
-    @property
-    def matrix(self) -> PackedMatrix:
-        return PackedMatrix(self._layout, self.storage)
 
     @property
     def weight(self) -> Tensor:
         """The decoded weight, float32 [out_features, in_features]: made anew, for models that look at it."""
-        return self.matrix.decode()
+        return self.packed.matrix.decode()
 
     def share(self, shared: Shared, index: int) -> None:
         """From now on `shared` computes this as its member `index`."""
@@ -51,12 +71,13 @@ class PackedLinear(nn.Module):
 
     def alone(self, x: Tensor) -> Tensor:
         """The output for `x` without regard to others."""
-        [out] = multiply(x, [self.matrix], biases=[self.bias], activations=self.activations)
+        [out] = multiply(x, [self.packed.matrix], biases=[self.bias], activations=self.activations)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(x) is not Tensor:
-            outs: list[Tensor] = packed_product(x, [self.storage], [self.bias], self._described, self.activations)
+            packed = self.packed
+            outs: list[Tensor] = packed_product(x, [packed.storage], [self.bias], packed.layout, self.activations)
             return outs[0]
         return self.alone(x) if self._shared is None else self._shared[0].output(x, self._shared[1])
 
@@ -65,38 +86,31 @@ class PackedLinear(nn.Module):
         return {**self.__dict__, "_shared": None}
 
     def extra_repr(self) -> str:
-        bits = f"{self._layout.bits} bits in groups of {self._layout.group}"
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {bits}, {self.activations}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.activations}"
 
 
 class PackedEmbedding(nn.Module):
     """Rows of a packed table for ids [...], decoded when they are looked up: [..., embedding_dim] in `dtype`."""
 
-    storage: Tensor
+    packed: PackedWeight
 
     def __init__(self, matrix: PackedMatrix, *, dtype: torch.dtype, padding_idx: int | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = matrix.shape
         self.padding_idx = padding_idx
         self.dtype = dtype
-        self.register_buffer("storage", matrix.storage)
-        self._layout = matrix.layout
-        self._described = described([matrix.layout])
-
-    @property
-    def matrix(self) -> PackedMatrix:
-        return PackedMatrix(self._layout, self.storage)
+        self.packed = PackedWeight(matrix)
 
     @property
     def weight(self) -> Tensor:
         """The decoded table [num_embeddings, embedding_dim], made anew."""
-        return self.matrix.decode().to(self.dtype)
+        return self.packed.matrix.decode().to(self.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(ids) is not Tensor:
-            rows: Tensor = packed_rows(ids, self.storage, self._described, self.dtype)
+            rows: Tensor = packed_rows(ids, self.packed.storage, self.packed.layout, self.dtype)
             return rows
-        return rows_of(ids, self.matrix, self.dtype)
+        return rows_of(ids, self.packed.matrix, self.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self._layout.bits} bits"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.dtype}"

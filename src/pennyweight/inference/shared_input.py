@@ -45,7 +45,7 @@ class SharedInput:
     def _computed(self, x: Tensor, index: int) -> Tensor:
         kind = self._members[index].activations
         together = {place: member for place, member in enumerate(self._members) if member.activations == kind}
-        matrices = [member.matrix for member in together.values()]
+        matrices = [member.packed.matrix for member in together.values()]
         biases = [member.bias for member in together.values()]
         outputs = dict(zip(together, multiply(x, matrices, biases=biases, activations=kind), strict=True))
         out = outputs.pop(index)
