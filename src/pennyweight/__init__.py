@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from pennyweight.evaluate.converted import convert
     from pennyweight.evaluate.proved import quantize
     from pennyweight.evaluate.verify import verify
+    from pennyweight.inference.load import load
     from pennyweight.pipeline.imatrix import imatrix
 
-__all__ = ["__version__", "convert", "imatrix", "quantize", "verify"]
+__all__ = ["__version__", "convert", "imatrix", "load", "quantize", "verify"]
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _LAZY = {
     "convert": "pennyweight.evaluate.converted",
     "imatrix": "pennyweight.pipeline.imatrix",
+    "load": "pennyweight.inference.load",
     "quantize": "pennyweight.evaluate.proved",
     "verify": "pennyweight.evaluate.verify",
 }

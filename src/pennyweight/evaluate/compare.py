@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pennyweight.core.errors import DataError, ModelError
 from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.inference.cache import DIRECTORY as PACKED_DIRECTORY
 from pennyweight.models import text
 from pennyweight.models.hub import resolve
 from pennyweight.models.stream import Stream
@@ -240,5 +241,6 @@ def _exp(nats: float) -> float:
 
 def directory_bytes(path: Path) -> int:
     """Bytes of a model's files; what is only kept beside them is none of it."""
-    files = (file for file in path.rglob("*") if file.is_file() and DIRECTORY not in file.relative_to(path).parts)
+    beside = {DIRECTORY, PACKED_DIRECTORY}
+    files = (file for file in path.rglob("*") if file.is_file() and beside.isdisjoint(file.relative_to(path).parts))
     return sum(file.stat().st_size for file in files)

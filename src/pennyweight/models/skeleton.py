@@ -63,19 +63,27 @@ def _first_line(error: Exception) -> str:
 
 def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     """The model that `config.architectures` names (else a causal or plain model), float32, parameters on "meta"."""
-    if getattr(config, "is_encoder_decoder", False):
+    return _built(_plain(config), dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def build_to_run(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The same in `dtype` as its users run it, with its cache and its own way with experts."""
+    return _built(_unquantized(config), dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _built(plain: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    if getattr(plain, "is_encoder_decoder", False):
         raise ModelError(
-            f"{config.model_type}: models with an encoder and a decoder are not taken: quantize a decoder or an encoder"
+            f"{plain.model_type}: models with an encoder and a decoder are not taken: quantize a decoder or an encoder"
         )
-    plain = _plain(config)
     try:
         with _WithoutMemory(), _quiet():
-            model = _native(plain) or _by_auto_class(plain, trust_remote_code=trust_remote_code)
+            model = _native(plain, dtype) or _by_auto_class(plain, dtype, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except _MISFITS as error:
         raise ModelError(
-            f"transformers cannot build a model of type {config.model_type!r} from this config: {_first_line(error)}"
+            f"transformers cannot build a model of type {plain.model_type!r} from this config: {_first_line(error)}"
         ) from error
     assert isinstance(model, nn.Module)
     _empty_parameters(model)
@@ -83,36 +91,41 @@ def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
 
 
 def _plain(config: Any) -> Any:
-    """A copy that does not speak of the quantization of the checkpoint, which is undone on reading, nor of a cache.
-
-    A cache would keep the keys and values of a block's first run, also for runs with other weights.
-    """
-    plain = deepcopy(config)
+    """A copy without a cache, which would keep the keys and values of a block's first run, also for runs with other
+    weights."""
+    plain = _unquantized(config)
     for part in (plain, plain.get_text_config()):
         part.use_cache = False
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
     # Experts are observed where each one's linear map is called, so they must not run as one grouped product.
     plain._experts_implementation = "eager"
     return plain
 
 
-def _native(config: Any) -> Any:
+def _unquantized(config: Any) -> Any:
+    """A copy that does not speak of the quantization of the checkpoint, which is undone on reading."""
+    plain = deepcopy(config)
+    for part in (plain, plain.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return plain
+
+
+def _native(config: Any, dtype: torch.dtype) -> Any:
     """The class of transformers itself that the config names; None where the model's own code must say."""
     import transformers
 
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is None or not type(config).__module__.startswith("transformers."):
         return None
-    return cls._from_config(config, dtype=torch.float32)
+    return cls._from_config(config, dtype=dtype)
 
 
-def _by_auto_class(config: Any, *, trust_remote_code: bool) -> Any:
+def _by_auto_class(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     for auto in (AutoModelForCausalLM, AutoModel):
         try:
-            return auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
         except ValueError as error:
             reason = _first_line(error)
     raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {reason}")

@@ -6,7 +6,7 @@ The same rules are used here, one parameter at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,6 +129,10 @@ class WeightMap:
             assert origin is not None, name
             return self.read(origin)
         return self._made(name, [_as_float32(self._checkpoint.read(key)) for key in source.keys])
+
+    def made(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter `name`, which the checkpoint has, from what `read` gives for its tensors, in their types."""
+        return self._made(name, [read(key) for key in self.sources[name].keys])
 
     def read_rows(self, name: str, rows: Tensor) -> Tensor:
         """Rows [n] of the parameter `name`, in their order, float32; no others are read where it is stored as it is."""

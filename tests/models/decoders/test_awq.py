@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pennyweight.core.errors import CheckpointError
 from pennyweight.models.base import Checkpoint
+from pennyweight.models.coded import coded_tensors
 from pennyweight.models.decoders import decoded
 from tests.models.checkpoints import same_bits, stored
 
@@ -70,3 +71,11 @@ def test_what_does_not_fit_is_refused(
     tensors = {name: tensor for name, tensor in (linear()[0] | change).items() if tensor is not None}
     with pytest.raises(CheckpointError, match=message):
         opened(tmp_path, tensors, **settings)
+
+
+def test_its_codes_decode_to_the_same_weights(tmp_path: Path) -> None:
+    tensors, expected = linear()
+    coded = coded_tensors(opened(tmp_path, tensors))["l.weight"]
+    assert coded is not None
+    assert str(coded.scheme) == "uint4-g16-asym-f16"
+    assert same_bits(coded.read().dequantize(torch.float16), expected)

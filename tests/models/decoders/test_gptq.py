@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pennyweight.core.errors import CheckpointError
 from pennyweight.models.base import Checkpoint
+from pennyweight.models.coded import coded_tensors
 from pennyweight.models.decoders import decoded
 from tests.models.checkpoints import same_bits, stored
 
@@ -112,3 +113,17 @@ def test_what_does_not_fit_is_refused(
     tensors = {name: tensor for name, tensor in (linear()[0] | change).items() if tensor is not None}
     with pytest.raises(CheckpointError, match=message):
         opened(tmp_path, tensors, **settings)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_its_codes_decode_to_the_same_weights(bits: int, groups: int, tmp_path: Path) -> None:
+    tensors, expected = linear(bits=bits, groups=groups)
+    coded = coded_tensors(opened(tmp_path, tensors, bits=bits))["l.weight"]
+    assert coded is not None
+    assert str(coded.scheme) == f"uint{bits}-g{64 // groups}-asym-f16"
+    assert same_bits(coded.read().dequantize(torch.float16), expected)
+
+
+def test_inputs_in_another_order_than_their_groups_have_no_codes(tmp_path: Path) -> None:
+    assert coded_tensors(opened(tmp_path, linear(order=True)[0])) == {"l.weight": None}

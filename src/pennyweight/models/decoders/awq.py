@@ -21,7 +21,19 @@ from pennyweight.core.errors import CheckpointError
 from pennyweight.kernels.packing import unpack_int32
 from pennyweight.models.base import Checkpoint, TensorInfo
 from pennyweight.models.checkpoint import row_range
-from pennyweight.models.decoders.base import Decoder, Decoding, Virtual, affine, companions, component, expect, suffixed
+from pennyweight.models.decoders.base import (
+    Coded,
+    Decoder,
+    Decoding,
+    Virtual,
+    affine,
+    asymmetric,
+    companions,
+    component,
+    expect,
+    integers,
+    suffixed,
+)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Where in its word output 0, 1, ... 7 is: the inverse of the order above.
@@ -38,6 +50,20 @@ class _Linear:
     def read(self, part: slice | None) -> Tensor:
         inputs = self.info.shape[1]
         first, last = row_range(self.base, self.info.shape, part or slice(None))
+        columns = torch.arange(inputs) // max(1, inputs // self.groups)
+        return affine(*self._parts(first, last), groups=columns, dtype=self.info.dtype)
+
+    def coded(self) -> Coded | None:
+        """None where there is nothing."""
+        outputs, inputs = self.info.shape
+        if not inputs:
+            return None
+        dtype = self.checkpoint.tensors[f"{self.base}.scales"].dtype
+        scheme = asymmetric(4, dtype, size=inputs // self.groups)
+        return Coded(scheme, lambda: integers(*self._parts(0, outputs), scheme=scheme))
+
+    def _parts(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [rows, in], zero points and scales [rows, groups] of the rows from `first` to before `last`."""
 
         def codes(kind: str) -> Tensor:
             """[in or groups, out / 8] words -> uint8 [rows asked, in or groups]."""
@@ -48,8 +74,7 @@ class _Linear:
             return found.reshape(len(words), -1)[:, start : start + last - first].T.contiguous()
 
         scales = self.checkpoint.read(f"{self.base}.scales").T[first:last].contiguous()
-        columns = torch.arange(inputs) // max(1, inputs // self.groups)
-        return affine(codes("qweight"), codes("qzeros"), scales, groups=columns, dtype=self.info.dtype)
+        return codes("qweight"), codes("qzeros"), scales
 
 
 @dataclass(frozen=True)
@@ -70,7 +95,7 @@ class Awq:
         consumed: set[str] = set()
         for base in suffixed(checkpoint, ".qweight"):
             linear = _linear(checkpoint, base, dtype)
-            tensors[f"{base}.weight"] = Virtual(linear.info, linear.read)
+            tensors[f"{base}.weight"] = Virtual(linear.info, linear.read, linear.coded)
             consumed |= companions(checkpoint, base, (".qweight", ".qzeros", ".scales"))
         return Decoding("awq weights of 4 bits", tensors, frozenset(consumed))
 

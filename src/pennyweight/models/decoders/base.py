@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pennyweight.core.errors import CheckpointError
 from pennyweight.core.parallel import chunks, parallel_map
+from pennyweight.formats.integer import Int
 from pennyweight.models.base import Checkpoint, TensorInfo
-from pennyweight.schemes import QuantizedWeight, Scheme
+from pennyweight.schemes import PerGroup, QuantizedWeight, ScaleSpec, Scheme, ZeroSpec
 
 # Rows decoded at a time by one thread: the float32 temporaries stay a few megabytes.
 CHUNK_ROWS = 256
@@ -109,6 +110,16 @@ def affine(codes: Tensor, zeros: Tensor, scales: Tensor, *, groups: Tensor, dtyp
         return values.to(scales.dtype).mul_(scales[rows].index_select(1, groups)).to(dtype)
 
     return by_rows((codes.shape[0], codes.shape[1]), dtype, decode)
+
+
+def asymmetric(bits: int, scales: torch.dtype, *, size: int) -> Scheme:
+    """The scheme of unsigned codes with integer zero points and scales of the type `scales` for `size` inputs each."""
+    return Scheme(Int(bits, signed=False), PerGroup(size), ScaleSpec(), ZeroSpec()).with_scale_dtype(scales)
+
+
+def integers(codes: Tensor, zeros: Tensor, scales: Tensor, *, scheme: Scheme) -> QuantizedWeight:
+    """What `affine` is given, in a scheme of `asymmetric`."""
+    return QuantizedWeight(codes, scales, zeros.to(torch.int16), scheme)
 
 
 def suffixed(checkpoint: Checkpoint, suffix: str) -> list[str]:

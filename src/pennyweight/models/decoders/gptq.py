@@ -23,7 +23,19 @@ from pennyweight.core.errors import CheckpointError
 from pennyweight.kernels.packing import unpack_int32
 from pennyweight.models.base import Checkpoint, TensorInfo
 from pennyweight.models.checkpoint import row_range
-from pennyweight.models.decoders.base import Decoder, Decoding, Virtual, affine, companions, component, expect, suffixed
+from pennyweight.models.decoders.base import (
+    Coded,
+    Decoder,
+    Decoding,
+    Virtual,
+    affine,
+    asymmetric,
+    companions,
+    component,
+    expect,
+    integers,
+    suffixed,
+)
 
 _BITS = (2, 3, 4, 8)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,20 +53,28 @@ class _Linear:
     groups: Tensor
 
     def read(self, part: slice | None) -> Tensor:
-        outputs, inputs = self.info.shape
         first, last = row_range(self.base, self.info.shape, part or slice(None))
-        words = self.checkpoint.read(f"{self.base}.qweight")[:, first:last].T.contiguous()
+        codes, zeros, scales = self._parts(slice(first, last))
+        return affine(codes, zeros, scales, groups=self.groups, dtype=self.info.dtype)
+
+    def coded(self) -> Coded | None:
+        """None where the inputs of a group do not lie together."""
+        outputs, inputs = self.info.shape
+        groups = self.checkpoint.tensors[f"{self.base}.scales"].shape[0]
+        if not inputs or inputs % groups or not torch.equal(self.groups, torch.arange(inputs) // (inputs // groups)):
+            return None
+        scheme = asymmetric(self.bits, self.checkpoint.tensors[f"{self.base}.scales"].dtype, size=inputs // groups)
+        return Coded(scheme, lambda: integers(*self._parts(slice(0, outputs)), scheme=scheme))
+
+    def _parts(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [rows, in], zero points and scales [rows, groups]."""
+        outputs, inputs = self.info.shape
+        words = self.checkpoint.read(f"{self.base}.qweight")[:, rows].T.contiguous()
         zeros = unpack_int32(self.checkpoint.read(f"{self.base}.qzeros"), self.bits, outputs)
         # Modulo 2**bits: a zero point of 0 is stored as the largest code.
         zeros = zeros.add_(self.zero_shift).bitwise_and_((1 << self.bits) - 1)
         scales = self.checkpoint.read(f"{self.base}.scales")
-        return affine(
-            unpack_int32(words, self.bits, inputs),
-            zeros.T[first:last].contiguous(),
-            scales.T[first:last].contiguous(),
-            groups=self.groups,
-            dtype=self.info.dtype,
-        )
+        return unpack_int32(words, self.bits, inputs), zeros.T[rows].contiguous(), scales.T[rows].contiguous()
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,7 @@ class Gptq:
         widths: set[int] = set()
         for base in suffixed(checkpoint, ".qweight"):
             linear = _linear(checkpoint, base, settings, zero_shift=_ZERO_SHIFT[kind], dtype=dtype)
-            tensors[f"{base}.weight"] = Virtual(linear.info, linear.read)
+            tensors[f"{base}.weight"] = Virtual(linear.info, linear.read, linear.coded)
             consumed |= companions(checkpoint, base, (".qweight", ".qzeros", ".scales", ".g_idx"))
             widths.add(linear.bits)
         return Decoding(f"gptq weights of {' and '.join(map(str, sorted(widths)))} bits", tensors, frozenset(consumed))
