@@ -12,7 +12,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' |
 
 LLAMA := .venvs/llama.cpp
 
-.PHONY: help demo test test-all lint format sanitize bench peers llama-cpp llama-tools clean distclean
+.PHONY: help demo test test-all lint format sanitize bench peers kernel-peers llama-cpp llama-tools clean distclean
 
 help:
 	@echo "make demo       quantize the small model that ships with Pennyweight and compare the two"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint       formatting, types, layers make format     mend the formatting"
 	@echo "make sanitize   run the native part under the address and undefined-behaviour sanitizers"
 	@echo "make bench      the quality table         make peers      environments of the tools we compare with"
+	@echo "make kernel-peers  an environment with the kernels that 'python -m benchmarks.kernels' compares with"
 	@echo "make llama-cpp  llama.cpp for the tests of GGUF files; builds it, which takes minutes"
 	@echo "make llama-tools  its own quantizer, which 'python -m benchmarks.gguf' compares with"
 	@echo "make clean      remove what was built     make distclean  and the environments"
@@ -62,6 +63,8 @@ bench: $(VENV)/.developer
 
 peers: $(PEERS:%=.venvs/%/.installed)
 
+kernel-peers: .venvs/kernels/.installed
+
 llama-tools: $(LLAMA)/version
 
 clean:
@@ -97,6 +100,17 @@ define PEER_ENVIRONMENT
 	@touch $$@
 endef
 $(foreach peer,$(PEERS),$(eval $(call PEER_ENVIRONMENT,$(peer))))
+
+# All in one, and Pennyweight with them, so that they can take turns. llama-cpp-python is wanted for its libraries alone.
+.venvs/kernels/.installed: benchmarks/peers/kernels/requirements.txt $(BUILD_INPUTS)
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venvs/kernels
+	.venvs/kernels/bin/python -m pip install --quiet --upgrade pip
+	.venvs/kernels/bin/python -m pip install --quiet "torch==2.13.0"
+	grep -v llama-cpp-python $< | .venvs/kernels/bin/python -m pip install --quiet --requirement /dev/stdin
+	.venvs/kernels/bin/python -m pip install --quiet --no-deps "$$(grep llama-cpp-python $<)"
+	.venvs/kernels/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
 
 # The package of sources holds those of llama.cpp. Its tools are linked as one piece each; nothing else is kept.
 $(LLAMA)/version: benchmarks/peers/llama_cpp/requirements.txt
