@@ -133,7 +133,7 @@ def open_read(threads: int) -> Callable[[], float]:
         if library is None:
             memory.view(torch.int64).sum()
         else:
-            library.stream_read(memory, threads, kernel_table())
+            library.read_memory(memory, threads, kernel_table())
         return _READ_BYTES / (time.perf_counter() - start)
 
     return read

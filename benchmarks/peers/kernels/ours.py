@@ -58,4 +58,4 @@ def stream_read(memory: Tensor) -> None:
     if library is None:
         memory.view(torch.int64).sum()
     else:
-        library.stream_read(memory, THREADS, kernel_table())
+        library.read_memory(memory, THREADS, kernel_table())
