@@ -73,7 +73,7 @@ def test_an_empty_choice_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_choice_is_refused_with_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "avx9")
-    with pytest.raises(UsageError, match=r"avx9.*auto, native, avx512bf16, avx512vnni, avx512, avx2vnni, avx2, neon, scalar, torch"):
+    with pytest.raises(UsageError, match=r"avx9.*auto, native, avx512bf16, .*, scalar, torch"):
         native()
 
 
