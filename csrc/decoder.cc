@@ -66,30 +66,36 @@ Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderBlock> blocks, co
   check(head_, head_.rows, shape.hidden, "head");
 }
 
-std::uint8_t* Decoder::cache(std::vector<std::uint8_t>& all, std::size_t block, std::size_t head,
-                             std::size_t position) {
+std::uint8_t* Decoder::cache(std::vector<std::uint8_t>& all, std::size_t block, std::size_t head) {
   const std::size_t bytes = shape_.cache_kind == FloatKind::kFloat32 ? 4 : 2;
-  return all.data() + (((block * shape_.key_heads + head) * positions_) + position) * shape_.width * bytes;
+  return all.data() + (block * shape_.key_heads + head) * positions_ * shape_.width * bytes;
 }
 
 void Decoder::reserve(std::size_t positions, const float* cosines, const float* sines) {
   cosines_ = cosines;
   sines_ = sines;
-  if (positions <= positions_) return;
-  const std::size_t bytes = shape_.width * (shape_.cache_kind == FloatKind::kFloat32 ? 4 : 2);
-  const std::size_t heads = blocks_.size() * shape_.key_heads;
+  length_ = 0;
+  limit_ = positions;
+  positions_ = (positions + kPositionsAtOnce - 1) / kPositionsAtOnce * kPositionsAtOnce;
+  const std::size_t bytes = shape_.cache_kind == FloatKind::kFloat32 ? 4 : 2;
   for (std::vector<std::uint8_t>* all : {&keys_, &values_}) {
-    std::vector<std::uint8_t> wider(heads * positions * bytes);
-    for (std::size_t head = 0; head < heads; ++head) {
-      std::copy_n(all->begin() + static_cast<std::ptrdiff_t>(head * positions_ * bytes), length_ * bytes,
-                  wider.begin() + static_cast<std::ptrdiff_t>(head * positions * bytes));
-    }
-    all->swap(wider);
+    all->assign(blocks_.size() * shape_.key_heads * positions_ * shape_.width * bytes, 0);
   }
-  positions_ = positions;
 }
 
-void Decoder::truncate(std::size_t length) { length_ = std::min(length_, length); }
+void Decoder::keep(std::size_t block, std::size_t head, std::size_t position, const float* key, const float* value) {
+  const std::size_t width = shape_.width;
+  if (shape_.cache_kind == FloatKind::kFloat32) {
+    float* keys = reinterpret_cast<float*>(cache(keys_, block, head)) + position;
+    for (std::size_t k = 0; k < width; ++k) keys[k * positions_] = key[k];
+    std::memcpy(reinterpret_cast<float*>(cache(values_, block, head)) + position * width, value, width * sizeof(float));
+  } else {
+    std::uint16_t* keys = reinterpret_cast<std::uint16_t*>(cache(keys_, block, head)) + position;
+    std::uint16_t* values = reinterpret_cast<std::uint16_t*>(cache(values_, block, head)) + position * width;
+    for (std::size_t k = 0; k < width; ++k) keys[k * positions_] = to_cache(key[k]);
+    for (std::size_t k = 0; k < width; ++k) values[k] = to_cache(value[k]);
+  }
+}
 
 void Decoder::multiply(const float* x, std::size_t tokens,
                        const std::vector<std::pair<const Linear*, float*>>& products, std::size_t threads) {
@@ -148,36 +154,26 @@ void Decoder::run_block(const DecoderBlock& block, std::size_t index, float* x, 
       float* key = key_.data() + t * keys + head * s.width;
       const float* value = value_.data() + t * keys + head * s.width;
       turn(key, block.key_norm);
-      std::uint8_t* key_place = cache(keys_, index, head, position);
-      std::uint8_t* value_place = cache(values_, index, head, position);
-      if (s.cache_kind == FloatKind::kFloat32) {
-        std::memcpy(key_place, key, s.width * sizeof(float));
-        std::memcpy(value_place, value, s.width * sizeof(float));
-      } else {
-        for (std::size_t k = 0; k < s.width; ++k) {
-          reinterpret_cast<std::uint16_t*>(key_place)[k] = to_cache(key[k]);
-          reinterpret_cast<std::uint16_t*>(value_place)[k] = to_cache(value[k]);
-        }
-      }
+      keep(index, head, position, key, value);
     }
   });
 
-  const std::size_t room = (positions_ + 15) / 16 * 16;
   for_each(threads, tokens * s.key_heads, [&](std::size_t thread, std::size_t task) {
     const std::size_t t = task / s.key_heads, head = task % s.key_heads;
     const std::size_t end = length_ + t + 1;
     const std::size_t begin = block.window != 0 && end > block.window ? end - block.window : 0;
     const std::size_t at = t * queries + head * shared * s.width;
     const Attention attention{query_.data() + at,
-                              cache(keys_, index, head, 0),
-                              cache(values_, index, head, 0),
+                              cache(keys_, index, head),
+                              cache(values_, index, head),
                               s.cache_kind,
                               shared,
                               s.width,
+                              positions_,
                               begin,
                               end,
                               s.scale,
-                              scores_.data() + thread * room,
+                              scores_.data() + thread * kHeadsAtOnce * positions_,
                               mixed_.data() + at};
     kernels_.attend(attention);
   });
@@ -199,7 +195,7 @@ void Decoder::run_block(const DecoderBlock& block, std::size_t index, float* x, 
 }
 
 void Decoder::run(float* x, std::size_t tokens, float* logits, std::size_t threads) {
-  if (tokens == 0 || length_ + tokens > positions_) {
+  if (tokens == 0 || length_ + tokens > limit_) {
     throw std::invalid_argument("decoder: there is no room for " + std::to_string(tokens) + " tokens after " +
                                 std::to_string(length_));
   }
@@ -216,7 +212,7 @@ void Decoder::run(float* x, std::size_t tokens, float* logits, std::size_t threa
   grow(value_, tokens * shape_.key_heads * shape_.width);
   grow(gate_, tokens * inner);
   grow(up_, tokens * inner);
-  grow(scores_, threads * ((positions_ + 15) / 16 * 16));
+  grow(scores_, threads * kHeadsAtOnce * positions_);
   for (std::size_t index = 0; index < blocks_.size(); ++index) run_block(blocks_[index], index, x, tokens, threads);
   length_ += tokens;
   if (logits == nullptr) return;

@@ -44,12 +44,8 @@ class Decoder {
   Decoder(const DecoderShape& shape, std::vector<DecoderBlock> blocks, const float* final_norm, Linear head,
           const PackedKernels& kernels);
 
-  // Room for keys and values of so many positions; what is there stays. `cosines` and `sines` [positions, rotated].
+  // Room for keys and values of so many positions, all forgotten. `cosines` and `sines` [positions, rotated].
   void reserve(std::size_t positions, const float* cosines, const float* sines);
-  // Forget all tokens from position `length` on.
-  void truncate(std::size_t length);
-  std::size_t length() const { return length_; }
-  std::size_t positions() const { return positions_; }
 
   // Embeddings x [tokens, hidden], changed, of the next tokens -> logits [rows of the head] after the last of them;
   // null where nobody asks. Throws std::invalid_argument where there is no room for them.
@@ -59,17 +55,22 @@ class Decoder {
   void run_block(const DecoderBlock& block, std::size_t index, float* x, std::size_t tokens, std::size_t threads);
   void multiply(const float* x, std::size_t tokens, const std::vector<std::pair<const Linear*, float*>>& products,
                 std::size_t threads);
-  std::uint8_t* cache(std::vector<std::uint8_t>& all, std::size_t block, std::size_t head, std::size_t position);
+  // Keys or values of a head.
+  std::uint8_t* cache(std::vector<std::uint8_t>& all, std::size_t block, std::size_t head);
+  void keep(std::size_t block, std::size_t head, std::size_t position, const float* key, const float* value);
 
   DecoderShape shape_;
   std::vector<DecoderBlock> blocks_;
   const float* final_norm_;
   Linear head_;
   const PackedKernels& kernels_;
-  std::size_t length_ = 0, positions_ = 0;
+  std::size_t length_ = 0;
+  std::size_t limit_ = 0;      // positions that were asked for
+  std::size_t positions_ = 0;  // that there is room for
   const float* cosines_ = nullptr;
   const float* sines_ = nullptr;
-  std::vector<std::uint8_t> keys_, values_;  // [blocks, key heads, positions, width]
+  // [blocks, key heads, width, positions] and [blocks, key heads, positions, width]
+  std::vector<std::uint8_t> keys_, values_;
   std::vector<float> normed_, query_, key_, value_, mixed_, gate_, up_, scores_;
 };
 

@@ -91,8 +91,6 @@ void bind_decoder(nb::module_& module) {
             self.reserve(positions, floats(cosines), floats(sines));
           },
           nb::arg("positions"), nb::arg("cosines"), nb::arg("sines"))
-      .def("truncate", &pennyweight::Decoder::truncate, nb::arg("length"))
-      .def_prop_ro("length", &pennyweight::Decoder::length)
       .def("run", &run, nb::arg("x"), nb::arg("tokens"), nb::arg("logits"), nb::arg("threads"),
            "Embeddings x [tokens, hidden] of the next tokens, changed; logits after the last, or 0.");
 }

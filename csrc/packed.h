@@ -81,20 +81,25 @@ constexpr std::size_t kScratchBytes = 2 * kTileRows * kPanelColumnsAtOnce + 2 * 
 
 enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
 
+// Positions of a cache come in runs of so many, whatever an instruction set takes at a time.
+constexpr std::size_t kPositionsAtOnce = 16;
+
 // Heads of one token that share keys and values.
 struct Attention {
   const float* queries;  // [heads, width]
-  const void* keys;      // [positions, width], float32 or bfloat16
-  const void* values;
+  const void* keys;      // [width, stride], float32 or bfloat16: positions lie side by side
+  const void* values;    // [stride, width]
   FloatKind kind;
   std::size_t heads;
   std::size_t width;       // of a head, a multiple of 16
+  std::size_t stride;      // positions that there is room for, a multiple of kPositionsAtOnce
   std::size_t begin, end;  // positions that are looked at
   float scale;
-  float* scores;  // room for end - begin, rounded up to 16
+  float* scores;  // room for kHeadsAtOnce * stride
   float* out;     // [heads, width]
 };
 
+constexpr std::size_t kHeadsAtOnce = 4;
 constexpr std::size_t kDenseTokens = 4;
 
 // A product with weights that were not quantized.

@@ -11,7 +11,7 @@ const PackedKernels kPackedAvx2 = {Lanes256::kLargestBlock,
                                    normalize,
                                    rotate,
                                    gate_by,
-                                   attend,
-                                   multiply_dense};
+                                   attend<Lanes256>,
+                                   multiply_dense<Lanes256>};
 
 }  // namespace pennyweight

@@ -11,7 +11,7 @@ const PackedKernels kPackedAvx512 = {Lanes512::kLargestBlock,
                                      normalize,
                                      rotate,
                                      gate_by,
-                                     attend,
-                                     multiply_dense};
+                                     attend<Lanes512>,
+                                     multiply_dense<Lanes512>};
 
 }  // namespace pennyweight

@@ -11,7 +11,7 @@ const PackedKernels kPackedScalar = {PlainLanes::kLargestBlock,
                                      normalize,
                                      rotate,
                                      gate_by,
-                                     attend,
-                                     multiply_dense};
+                                     attend<PlainLanes>,
+                                     multiply_dense<PlainLanes>};
 
 }  // namespace pennyweight

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "lanes.h"
-#include "packed_round.h"
+#include "packed_multiply.h"
 #include "ranges.h"
 
 namespace pennyweight {
@@ -30,13 +30,11 @@ inline Lanes exp_of(Lanes x) {
   return p * (Lanes)power;
 }
 
-// Numbers in the type of a cache.
-inline Lanes cached(const float* p) { return lanes_at(p); }
-inline Lanes cached(const std::uint16_t* p) {
-  typedef std::uint16_t Halves __attribute__((vector_size(2 * kGroups)));
-  Halves bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return (Lanes)(__builtin_convertvector(bits, Mask) << 16);
+// kRows numbers, float32 or bfloat16.
+template <class L, typename Stored>
+PENNYWEIGHT_INLINE typename L::Floats stored_floats(const Stored* p) {
+  constexpr FloatKind kKind = sizeof(Stored) == 4 ? FloatKind::kFloat32 : FloatKind::kBFloat16;
+  return L::load_floats(reinterpret_cast<const std::uint8_t*>(p), kKind);
 }
 
 // x / sqrt(mean of x^2 + epsilon) * weight.
@@ -77,66 +75,128 @@ void gate_by(Activation kind, float* gate, const float* up, std::size_t count) {
   }
 }
 
-template <typename Stored>
-void attend_cached(const Attention& a) {
+// Scores of kHeads heads and all positions from `begin` on, which is a multiple of kPositionsAtOnce.
+template <class L, int kHeads, typename Stored>
+PENNYWEIGHT_INLINE void score_heads(const Attention& a, const float* queries, std::size_t begin) {
   const Stored* keys = static_cast<const Stored*>(a.keys);
-  const Stored* values = static_cast<const Stored*>(a.values);
-  const std::size_t count = a.end - a.begin;
-  for (std::size_t head = 0; head < a.heads; ++head) {
-    const float* query = a.queries + head * a.width;
-    float* out = a.out + head * a.width;
-    float most = -3.0e38f;
-    for (std::size_t i = 0; i < count; ++i) {
-      const Stored* key = keys + (a.begin + i) * a.width;
-      Lanes sums = {};
-      for (std::size_t k = 0; k < a.width; k += kGroups) sums += lanes_at(query + k) * cached(key + k);
-      a.scores[i] = sum_of(sums) * a.scale;
-      most = max_of(most, a.scores[i]);
+  for (std::size_t i = begin; i < a.end; i += static_cast<std::size_t>(L::kRows)) {
+    typename L::Floats sums[kHeads];
+    for (int h = 0; h < kHeads; ++h) sums[h] = L::floats(0.0f);
+    for (std::size_t k = 0; k < a.width; ++k) {
+      const typename L::Floats key = stored_floats<L>(keys + k * a.stride + i);
+      PENNYWEIGHT_UNROLL for (int h = 0; h < kHeads; ++h) {
+        sums[h] = L::add_product(sums[h], L::floats(queries[static_cast<std::size_t>(h) * a.width + k]), key);
+      }
     }
-    for (std::size_t i = count; i % kGroups != 0; ++i) a.scores[i] = -3.0e38f;
-    Lanes total = {};
-    for (std::size_t i = 0; i < count; i += kGroups) {
-      const Lanes share = exp_of(lanes_at(a.scores + i) - lanes(most));
-      store_lanes(a.scores + i, share);
-      if (i + kGroups <= count) total += share;
-    }
-    float sum = sum_of(total);
-    for (std::size_t i = count / kGroups * kGroups; i < count; ++i) sum += a.scores[i];
-    for (std::size_t k = 0; k < a.width; k += kGroups) {
-      Lanes mixed = {};
-      const Stored* value = values + a.begin * a.width + k;
-      for (std::size_t i = 0; i < count; ++i, value += a.width) mixed += lanes(a.scores[i]) * cached(value);
-      store_lanes(out + k, mixed * lanes(1.0f / sum));
+    for (int h = 0; h < kHeads; ++h) {
+      float* scores = a.scores + static_cast<std::size_t>(h) * a.stride + i;
+      L::store_floats(scores, L::product(sums[h], L::floats(a.scale)));
     }
   }
 }
 
+// exp(score - the largest) for the positions that are looked at, 0 beside them; returns their sum.
+inline float share_out(const Attention& a, float* scores, std::size_t begin) {
+  const std::size_t stop = (a.end + kGroups - 1) / kGroups * kGroups;
+  for (std::size_t i = begin; i < a.begin; ++i) scores[i] = -3.0e38f;
+  for (std::size_t i = a.end; i < stop; ++i) scores[i] = -3.0e38f;
+  Lanes most = lanes(-3.0e38f);
+  for (std::size_t i = begin; i < stop; i += kGroups) most = max_of(most, lanes_at(scores + i));
+  const Lanes largest = lanes(max_of_span(most, kGroups)[0]);
+  Lanes total = {};
+  for (std::size_t i = begin; i < stop; i += kGroups) {
+    const Lanes share = exp_of(lanes_at(scores + i) - largest);
+    store_lanes(scores + i, share);
+    total += share;
+  }
+  float sum = sum_of(total);
+  // exp of the least score there is is not quite 0.
+  for (std::size_t i = begin; i < a.begin; ++i) sum -= scores[i], scores[i] = 0.0f;
+  for (std::size_t i = a.end; i < stop; ++i) sum -= scores[i], scores[i] = 0.0f;
+  return sum;
+}
+
+// The values of all positions by the shares of kHeads heads.
+template <class L, int kHeads, typename Stored>
+PENNYWEIGHT_INLINE void mix_heads(const Attention& a, const float* sums, float* out) {
+  constexpr int kVectors = 16 / L::kRows < 4 ? 4 : 16 / L::kRows;
+  constexpr std::size_t kRows = static_cast<std::size_t>(L::kRows);
+  const Stored* values = static_cast<const Stored*>(a.values);
+  for (std::size_t k = 0; k < a.width; k += kVectors * kRows) {
+    const int here = a.width - k < kVectors * kRows ? static_cast<int>((a.width - k) / kRows) : kVectors;
+    typename L::Floats mixed[kHeads][kVectors];
+    for (int h = 0; h < kHeads; ++h) {
+      for (int v = 0; v < kVectors; ++v) mixed[h][v] = L::floats(0.0f);
+    }
+    for (std::size_t i = a.begin; i < a.end; ++i) {
+      PENNYWEIGHT_UNROLL for (int v = 0; v < kVectors; ++v) {
+        if (v >= here) break;
+        const typename L::Floats value =
+            stored_floats<L>(values + i * a.width + k + static_cast<std::size_t>(v) * kRows);
+        PENNYWEIGHT_UNROLL for (int h = 0; h < kHeads; ++h) {
+          mixed[h][v] =
+              L::add_product(mixed[h][v], L::floats(a.scores[static_cast<std::size_t>(h) * a.stride + i]), value);
+        }
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      for (int v = 0; v < here; ++v) {
+        L::store_floats(out + static_cast<std::size_t>(h) * a.width + k + static_cast<std::size_t>(v) * kRows,
+                        L::product(mixed[h][v], L::floats(1.0f / sums[h])));
+      }
+    }
+  }
+}
+
+template <class L, int kHeads, typename Stored>
+__attribute__((noinline)) void attend_heads(const Attention& a, std::size_t head) {
+  const std::size_t begin = a.begin / kPositionsAtOnce * kPositionsAtOnce;
+  float sums[kHeads];
+  score_heads<L, kHeads, Stored>(a, a.queries + head * a.width, begin);
+  for (int h = 0; h < kHeads; ++h) sums[h] = share_out(a, a.scores + static_cast<std::size_t>(h) * a.stride, begin);
+  mix_heads<L, kHeads, Stored>(a, sums, a.out + head * a.width);
+}
+
+template <class L, typename Stored>
+void attend_stored(const Attention& a) {
+  std::size_t head = 0;
+  for (; head + kHeadsAtOnce <= a.heads; head += kHeadsAtOnce) attend_heads<L, kHeadsAtOnce, Stored>(a, head);
+  for (; head < a.heads; ++head) attend_heads<L, 1, Stored>(a, head);
+}
+
+template <class L>
 void attend(const Attention& a) {
-  a.kind == FloatKind::kFloat32 ? attend_cached<float>(a) : attend_cached<std::uint16_t>(a);
+  a.kind == FloatKind::kFloat32 ? attend_stored<L, float>(a) : attend_stored<L, std::uint16_t>(a);
 }
 
 // Up to kDenseTokens rows of x [tokens, cols] times rows [begin, end) of a weight in float32 or bfloat16.
-template <typename Stored>
+template <class L, typename Stored>
 void dense_rows(const DenseProduct& p) {
+  constexpr std::size_t kRows = static_cast<std::size_t>(L::kRows);
   const Stored* weights = static_cast<const Stored*>(p.weights);
   for (std::size_t row = p.begin; row < p.end; ++row) {
     const Stored* w = weights + row * p.cols;
-    Lanes sums[kDenseTokens] = {};
-    std::size_t k = 0;
-    for (; k + kGroups <= p.cols; k += kGroups) {
-      const Lanes weight = cached(w + k);
-      for (std::size_t t = 0; t < p.tokens; ++t) sums[t] += weight * lanes_at(p.x + t * p.cols + k);
-    }
     for (std::size_t t = 0; t < p.tokens; ++t) {
-      float sum = sum_of(sums[t]);
-      for (std::size_t i = k; i < p.cols; ++i) sum += number(w[i]) * p.x[t * p.cols + i];
+      const float* x = p.x + t * p.cols;
+      typename L::Floats sums[4] = {L::floats(0.0f), L::floats(0.0f), L::floats(0.0f), L::floats(0.0f)};
+      std::size_t k = 0;
+      for (; k + 4 * kRows <= p.cols; k += 4 * kRows) {
+        PENNYWEIGHT_UNROLL for (std::size_t v = 0; v < 4; ++v) {
+          sums[v] = L::add_product(sums[v], stored_floats<L>(w + k + v * kRows), L::load_floats(x + k + v * kRows));
+        }
+      }
+      float parts[4 * kRows], sum = 0.0f;
+      for (std::size_t v = 0; v < 4; ++v) L::store_floats(parts + v * kRows, sums[v]);
+      for (std::size_t i = 0; i < 4 * kRows; ++i) sum += parts[i];
+      for (; k < p.cols; ++k) sum += number(w[k]) * x[k];
       p.out[t * p.rows + row] = p.bias == nullptr ? sum : sum + p.bias[row];
     }
   }
 }
 
+template <class L>
 void multiply_dense(const DenseProduct& p) {
-  p.kind == FloatKind::kFloat32 ? dense_rows<float>(p) : dense_rows<std::uint16_t>(p);
+  p.kind == FloatKind::kFloat32 ? dense_rows<L, float>(p) : dense_rows<L, std::uint16_t>(p);
 }
 
 }  // namespace

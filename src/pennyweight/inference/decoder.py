@@ -14,8 +14,8 @@ from pennyweight.inference.anatomy import Anatomy, BlockParts, anatomy_of
 from pennyweight.inference.modules import PackedLinear
 from pennyweight.kernels.native import kernel_table, native
 
-# Tokens of a prompt that go through the model together.
-_CHUNK = 256
+# Tokens of a prompt that go through the model together: a multiple of what kernels take at a time.
+_CHUNK = 384
 # What a loop of ours may differ from the model's own, of the spread of its logits. Rounding moves them by a hundredth;
 # a part that is missing or wrong, by the whole.
 _TOLERANCE = 0.1

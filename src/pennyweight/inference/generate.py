@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.inference.decoder import Decoder, decoder_parts
 
 
@@ -24,7 +25,9 @@ def stream(
     ends, logits = _ends(model), logits_after(model, ids, max_tokens)
     given: Sequence[int] = ids[0].tolist()
     for _ in range(max_tokens):
-        token = int(_chosen(logits(given), temperature, generator))
+        # Between two operations on several threads OpenMP's helpers spin, and take the cores from those of a product.
+        with one_thread_per_operation():
+            token = int(_chosen(logits(given), temperature, generator))
         yield token
         if token in ends:
             return
