@@ -4,14 +4,6 @@
 
 namespace pennyweight {
 
-const PackedKernels kPackedAvx2Vnni = {Lanes256::kLargestBlock,
-                                       round_tokens,
-                                       multiply_tiles<Lanes256>,
-                                       read_bytes<Lanes256>,
-                                       normalize,
-                                       rotate,
-                                       gate_by,
-                                       attend<Lanes256>,
-                                       multiply_dense<Lanes256>};
+const PackedKernels kPackedAvx2Vnni = packed_kernels<Lanes256>();
 
 }  // namespace pennyweight

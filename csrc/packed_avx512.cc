@@ -4,14 +4,6 @@
 
 namespace pennyweight {
 
-const PackedKernels kPackedAvx512 = {Lanes512::kLargestBlock,
-                                     round_tokens,
-                                     multiply_tiles<Lanes512>,
-                                     read_bytes<Lanes512>,
-                                     normalize,
-                                     rotate,
-                                     gate_by,
-                                     attend<Lanes512>,
-                                     multiply_dense<Lanes512>};
+const PackedKernels kPackedAvx512 = packed_kernels<Lanes512>();
 
 }  // namespace pennyweight

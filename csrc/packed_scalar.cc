@@ -4,14 +4,6 @@
 
 namespace pennyweight {
 
-const PackedKernels kPackedScalar = {PlainLanes::kLargestBlock,
-                                     round_tokens,
-                                     multiply_tiles<PlainLanes>,
-                                     read_bytes<PlainLanes>,
-                                     normalize,
-                                     rotate,
-                                     gate_by,
-                                     attend<PlainLanes>,
-                                     multiply_dense<PlainLanes>};
+const PackedKernels kPackedScalar = packed_kernels<PlainLanes>();
 
 }  // namespace pennyweight

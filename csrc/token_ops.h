@@ -199,5 +199,12 @@ void multiply_dense(const DenseProduct& p) {
   p.kind == FloatKind::kFloat32 ? dense_rows<L, float>(p) : dense_rows<L, std::uint16_t>(p);
 }
 
+// All kernels over packed weights, by the operations of one instruction set.
+template <class L>
+constexpr PackedKernels packed_kernels() {
+  return {L::kLargestBlock, round_tokens, multiply_tiles<L>, read_bytes<L>,    normalize,
+          rotate,           gate_by,      attend<L>,         multiply_dense<L>};
+}
+
 }  // namespace
 }  // namespace pennyweight
