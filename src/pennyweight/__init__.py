@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pennyweight.evaluate.converted import convert
     from pennyweight.evaluate.proved import quantize
+    from pennyweight.evaluate.speed.bench import bench
     from pennyweight.evaluate.verify import verify
     from pennyweight.inference.load import load
     from pennyweight.pipeline.imatrix import imatrix
 
-__all__ = ["__version__", "convert", "imatrix", "load", "quantize", "verify"]
+__all__ = ["__version__", "bench", "convert", "imatrix", "load", "quantize", "verify"]
 __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _LAZY = {
+    "bench": "pennyweight.evaluate.speed.bench",
     "convert": "pennyweight.evaluate.converted",
     "imatrix": "pennyweight.pipeline.imatrix",
     "load": "pennyweight.inference.load",

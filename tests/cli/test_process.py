@@ -29,7 +29,8 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("quantize",), ("evaluate",), ("verify",), ("inspect",), ("run",), ("convert",), ("demo",)]
+    "command",
+    [(), ("quantize",), ("evaluate",), ("verify",), ("inspect",), ("run",), ("bench",), ("convert",), ("demo",)],
 )
 def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     code = f"""

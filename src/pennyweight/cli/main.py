@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from pennyweight import __version__
-from pennyweight.cli import convert, demo, evaluate, imatrix, inspect, plan, quantize, run, verify
+from pennyweight.cli import bench, convert, demo, evaluate, imatrix, inspect, plan, quantize, run, verify
 from pennyweight.cli.console import say
 from pennyweight.core.memory import keep_freed_memory
 
@@ -75,6 +75,7 @@ for _name, _command in (
     ("verify", verify.verify),
     ("convert", convert.convert),
     ("run", run.run),
+    ("bench", bench.bench),
     ("demo", demo.demo),
 ):
     app.command(_name)(_explained(_command))

@@ -65,12 +65,12 @@ def generate(
         parts = continuation(first_file(path), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
         return _told(parts, is_streamed=is_streamed)
     quiet_transformers()
-    _check_continues(path, trust_remote_code=trust_remote_code)
+    check_continues(path, trust_remote_code=trust_remote_code)
     tokenizer = text.load_tokenizer(path, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UsageError("--prompt is empty: give some text to continue")
-    if runtime == "auto" and device == "cpu" and _is_packed(path):
+    if runtime == "auto" and device == "cpu" and is_packed(path):
         return _by_packed_weights(
             path, tokenizer, ids, max_tokens=max_tokens, temperature=temperature, seed=seed, activations=activations,
             trust_remote_code=trust_remote_code, is_streamed=is_streamed, tell=tell,
@@ -94,7 +94,8 @@ def _told(parts: Iterator[str], *, is_streamed: bool) -> tuple[str, int, float]:
     return text, count, round(time.perf_counter() - started, 3)
 
 
-def _check_continues(path: Path, *, trust_remote_code: bool) -> None:
+def check_continues(path: Path, *, trust_remote_code: bool) -> None:
+    """Raises ModelError for a model that is none of language."""
     import transformers
 
     config = read_config(path, trust_remote_code=trust_remote_code)
@@ -103,7 +104,8 @@ def _check_continues(path: Path, *, trust_remote_code: bool) -> None:
         raise ModelError(f"{path} is a {made_for.__name__}, which cannot continue a text: give a language model")
 
 
-def _is_packed(path: Path) -> bool:
+def is_packed(path: Path) -> bool:
+    """Whether its weights are multiplied with as they are packed."""
     settings = read_config_json(path).get("quantization_config")
     return isinstance(settings, dict) and settings.get("quant_method") in _PACKED
 
@@ -158,16 +160,9 @@ def _by_transformers(
     is_streamed: bool,
 ) -> tuple[str, int, float]:
     import torch
-    from transformers import AutoModelForCausalLM, TextStreamer, set_seed
+    from transformers import TextStreamer, set_seed
 
-    try:
-        # compressed-tensors draws its bars whatever it is told, here and in the first pass; what is wrong is raised.
-        with redirect_stderr(StringIO()):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be run: {str(error).splitlines()[0]}") from error
+    loaded = load_in_transformers(path, trust_remote_code=trust_remote_code)
     set_seed(seed)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if is_streamed else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -183,3 +178,17 @@ def _by_transformers(
         )
     new = out[0, ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new), round(time.perf_counter() - started, 3)
+
+
+def load_in_transformers(path: Path, *, trust_remote_code: bool) -> Any:
+    """transformers' own model of the directory, in its own type; raises ModelError where it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # compressed-tensors draws its bars whatever it is told, here and in the first pass; what is wrong is raised.
+        with redirect_stderr(StringIO()):
+            return AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be run: {str(error).splitlines()[0]}") from error

@@ -47,14 +47,14 @@ class PackedExpert:
     """The matrix of one expert, which `torch.nn.functional.linear` takes for a weight."""
 
     def __init__(self, parts: Sequence[Part], activations: Activations) -> None:
-        self._parts, self._activations = parts, activations
+        self.parts, self._activations = parts, activations
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias of all parts side by side; those that are packed in one product."""
-        packed = [part for part in self._parts if isinstance(part, PackedMatrix)]
+        packed = [part for part in self.parts if isinstance(part, PackedMatrix)]
         products = iter(multiply(x, packed, activations=self._activations))
         made = [
-            next(products) if isinstance(part, PackedMatrix) else nn.functional.linear(x, part) for part in self._parts
+            next(products) if isinstance(part, PackedMatrix) else nn.functional.linear(x, part) for part in self.parts
         ]
         out = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
         return out if bias is None else out + bias
