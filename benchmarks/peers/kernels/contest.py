@@ -17,6 +17,7 @@ from torch import Tensor
 Mode = Literal["int8", "float32", "bfloat16"]
 THREADS = 2
 # Rows that differ; they are repeated, as no kernel's time depends on values. Quantizing to some types takes minutes.
+# Libraries that keep equal weights once (ONNX Runtime does) are given weights that begin with another row each.
 _DISTINCT_ROWS = 128
 
 
@@ -60,9 +61,15 @@ class Size:
     cols: int
     count: int
 
-    def of_rows(self, x: Tensor) -> Tensor:
-        """A matrix of some rows, repeated to all of them, contiguous."""
-        return x.repeat(-(-self.rows // x.shape[0]), *[1] * (x.dim() - 1))[: self.rows].contiguous()
+    def of_rows(self, x: Tensor, *, first: int = 0) -> Tensor:
+        """A matrix of some rows, repeated to all of them from row `first` on, contiguous."""
+        return (
+            x.roll(-first, dims=0).repeat(-(-self.rows // x.shape[0]), *[1] * (x.dim() - 1))[: self.rows].contiguous()
+        )
+
+    def in_order(self, out: Tensor, first: int) -> Tensor:
+        """A product [tokens, rows] with a weight that began with row `first`, as if it began with the first one."""
+        return out.roll(first, dims=1)
 
     @property
     def distinct_rows(self) -> int:

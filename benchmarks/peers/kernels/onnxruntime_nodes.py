@@ -70,7 +70,7 @@ class Nodes:
         self._session.run_with_iobinding(self._binding)
 
     def outcome(self, index: int) -> Tensor:
-        return torch.from_numpy(self._outs[index])
+        return self._size.in_order(torch.from_numpy(self._outs[index]), index)
 
     def decoded(self) -> Tensor:
         return self._weights.decoded
@@ -79,10 +79,11 @@ class Nodes:
 def _few_bits(size: Size, bits: int, group: int, accuracy_level: int) -> _Weights:
     """MatMulNBits: codes from 0 with a zero point in their middle, the lowest bits first, a float32 scale a block."""
     made = rounded(size, bits=bits, group=group, scale=torch.float32)
-    codes = size.of_rows(_packed(made.codes, bits)).view(size.rows, size.cols // group, -1).numpy()
-    scales = size.of_rows(made.scales).flatten().numpy()
+    packed = _packed(made.codes, bits)
 
     def node(index: int) -> tuple[Any, list[Any]]:
+        codes = size.of_rows(packed, first=index).view(size.rows, size.cols // group, -1).numpy()
+        scales = size.of_rows(made.scales, first=index).flatten().numpy()
         named = [numpy_helper.from_array(codes, f"w{index}"), numpy_helper.from_array(scales, f"s{index}")]
         return helper.make_node(
             "MatMulNBits", ["x", f"w{index}", f"s{index}"], [f"y{index}"], domain="com.microsoft", K=size.cols,
@@ -90,7 +91,8 @@ def _few_bits(size: Size, bits: int, group: int, accuracy_level: int) -> _Weight
         ), named  # fmt: skip
 
     name = f"ORT MatMulNBits {bits}b blk{group} acc{accuracy_level}"
-    facts = Facts(name, "onnxruntime", bits, group, _ACCURACY_LEVELS[accuracy_level], codes.nbytes + scales.nbytes)
+    size_bytes = size.rows * (packed.shape[1] + 4 * size.cols // group)
+    facts = Facts(name, "onnxruntime", bits, group, _ACCURACY_LEVELS[accuracy_level], size_bytes)
     return _Weights(facts, made.decoded(size), node)
 
 
@@ -104,17 +106,17 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 def _eight_bits(size: Size) -> _Weights:
     """DynamicQuantizeMatMul: int8 [cols, rows] with a scale for each row, activations rounded to uint8 as a whole."""
     made: Rounded = rounded(size, bits=8, group=size.cols, scale=torch.float32)
-    values = np.ascontiguousarray(size.of_rows(made.values.to(torch.int8)).numpy().T)
-    scales = size.of_rows(made.scales).flatten().numpy()
-    zeros = np.zeros(size.rows, dtype=np.int8)
+    codes, zeros = made.values.to(torch.int8), np.zeros(size.rows, dtype=np.int8)
 
     def node(index: int) -> tuple[Any, list[Any]]:
+        values = np.ascontiguousarray(size.of_rows(codes, first=index).numpy().T)
+        scales = size.of_rows(made.scales, first=index).flatten().numpy()
         arrays = {"w": values, "s": scales, "z": zeros}
         named = [numpy_helper.from_array(array, f"{letter}{index}") for letter, array in arrays.items()]
         words = ["x", f"w{index}", f"s{index}", f"z{index}"]
         return helper.make_node("DynamicQuantizeMatMul", words, [f"y{index}"], domain="com.microsoft"), named
 
-    size_bytes = values.nbytes + scales.nbytes
+    size_bytes = size.rows * (size.cols + 4)
     facts = Facts("ORT DynamicQuantizeMatMul int8", "onnxruntime", 8, size.cols, "int8", size_bytes)
     return _Weights(facts, made.decoded(size), node)
 

@@ -38,7 +38,7 @@ class Graph:
 
     def take(self, x: Tensor) -> None:
         taken = ops.parameter(list(x.shape), np.float32, name="x")
-        outs = [ops.result(self._product(taken)) for _ in range(self._size.count)]
+        outs = [ops.result(self._product(taken, index)) for index in range(self._size.count)]
         given: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
                                  "INFERENCE_NUM_THREADS": str(THREADS), **_MODES[self._mode]}  # fmt: skip
         compiled = openvino.Core().compile_model(openvino.Model(outs, [taken], "rotation"), "CPU", given)
@@ -46,18 +46,19 @@ class Graph:
         self._x = x.numpy()
         self._request.set_input_tensor(openvino.Tensor(self._x, shared_memory=True))
 
-    def _product(self, taken: Any) -> Any:
+    def _product(self, taken: Any, index: int) -> Any:
         groups = self._size.cols // self._group
         made = self._made
         shape = [self._size.rows, self._size.cols] if groups == 1 else [self._size.rows, groups, self._group]
         if self._bits == 4:
             pairs = (made.values & 15).to(torch.uint8).view(made.values.shape[0], -1, 2)
             packed = openvino.Tensor(openvino.Type.i4, shape)
-            packed.data.reshape(-1)[:] = self._size.of_rows(pairs[..., 0] | pairs[..., 1] << 4).flatten().numpy()
+            both = pairs[..., 0] | pairs[..., 1] << 4
+            packed.data.reshape(-1)[:] = self._size.of_rows(both, first=index).flatten().numpy()
             values = ops.constant(packed)
         else:
-            values = ops.constant(self._size.of_rows(made.values.to(torch.int8)).view(shape).numpy())
-        scales = self._size.of_rows(made.scales).view([*shape[:-1], 1]).numpy()
+            values = ops.constant(self._size.of_rows(made.values.to(torch.int8), first=index).view(shape).numpy())
+        scales = self._size.of_rows(made.scales, first=index).view([*shape[:-1], 1]).numpy()
         weight = ops.multiply(ops.convert(values, np.float16), ops.constant(scales))
         if groups > 1:
             weight = ops.reshape(weight, ops.constant(np.array([self._size.rows, self._size.cols])), False)
@@ -67,7 +68,8 @@ class Graph:
         self._request.infer()
 
     def outcome(self, index: int) -> Tensor:
-        return torch.from_numpy(self._request.get_output_tensor(index).data.copy())
+        out = torch.from_numpy(self._request.get_output_tensor(index).data.copy())
+        return self._size.in_order(out, index)
 
     def decoded(self) -> Tensor:
         return self._made.decoded(self._size)
