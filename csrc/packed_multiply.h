@@ -50,17 +50,18 @@ struct Strips {
 
 // Codes are asked for so many bytes before they are read; scales, a tile before. Processors follow a stream by
 // themselves, but not from the end of one tile's codes to the next tile's, nor over the border of a page.
-constexpr std::size_t kAhead = 2048;
+constexpr std::size_t kAhead = 4096;
 
 template <class L, int kStrips>
 PENNYWEIGHT_INLINE void prefetch_group(const PackedWeights& w, const Strips<kStrips>& at) {
   if (at.ends[0] == nullptr) return;
+  constexpr std::size_t kTiles = static_cast<std::size_t>(kStrips * L::kRows) / kTileRows;
   const std::size_t group_bytes = w.group * kTileRows * w.bits / 8;
   for (int s = 0; s < kStrips; s += static_cast<int>(kTileRows) / L::kRows) {
     const std::uint8_t* soon = at.codes[s] + kAhead;
-    if (soon >= at.ends[s]) soon += L::kTiles * w.tile_bytes - w.code_bytes;
-    for (std::size_t byte = 0; byte < group_bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 2);
-    __builtin_prefetch(at.scales[s] + L::kTiles * w.tile_bytes, 0, 2);
+    if (soon >= at.ends[s]) soon += kTiles * w.tile_bytes - w.code_bytes;
+    for (std::size_t byte = 0; byte < group_bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 3);
+    __builtin_prefetch(at.scales[s] + kTiles * w.tile_bytes, 0, 2);
   }
 }
 
@@ -349,7 +350,8 @@ void multiply_tiles(const PackedProduct& product) {
   const std::size_t tokens = (count + product.tokens.block - 1) / product.tokens.block * product.tokens.block;
   for (std::size_t tile = product.tile_begin; tile < product.tile_end;) {
     for (std::size_t i = 0; i < 2 * kTileRows * tokens; ++i) sums[i] = 0.0f;
-    if (L::kTiles == 2 && tile + 2 <= product.tile_end) {
+    // One token waits for memory, which is fastest along one line.
+    if (L::kTiles == 2 && tokens > 1 && tile + 2 <= product.tile_end) {
       add_tiles<L, L::kTiles>(product, tile, panel, sums);
       write_tile(product, tile, sums, L::kTiles * kTileRows);
       write_tile(product, tile + L::kTiles - 1, sums + (L::kTiles - 1) * kTileRows, L::kTiles * kTileRows);
