@@ -21,7 +21,7 @@ from pennyweight.schemes.parameters import Parameters
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Container):
     """Takes every scheme; a site becomes SITE.weight, float32 [out, in]; codes and parameters stay until `settle`.
 
     What the codes, scales and zero points would take goes to storage.json (`settle`), and sizes are counted from that.

@@ -377,4 +377,5 @@ NB_MODULE(_native, module) {
              "written.");
 
   bind_packed(module);
+  bind_decoder(module);
 }

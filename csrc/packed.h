@@ -79,6 +79,41 @@ constexpr std::size_t kPanelColumnsAtOnce = 1024;
 // Two tiles unpacked, and sums of all tokens for these.
 constexpr std::size_t kScratchBytes = 2 * kTileRows * kPanelColumnsAtOnce + 2 * kTileRows * kMostTokens * sizeof(float);
 
+enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+
+// Positions of a cache come in runs of so many, whatever an instruction set takes at a time.
+constexpr std::size_t kPositionsAtOnce = 16;
+
+// Heads of one token that share keys and values.
+struct Attention {
+  const float* queries;  // [heads, width]
+  const void* keys;      // [width, stride], float32 or bfloat16: positions lie side by side
+  const void* values;    // [stride, width]
+  FloatKind kind;
+  std::size_t heads;
+  std::size_t width;       // of a head, a multiple of 16
+  std::size_t stride;      // positions that there is room for, a multiple of kPositionsAtOnce
+  std::size_t begin, end;  // positions that are looked at
+  float scale;
+  float* scores;  // room for kHeadsAtOnce * stride
+  float* out;     // [heads, width]
+};
+
+constexpr std::size_t kHeadsAtOnce = 4;
+constexpr std::size_t kDenseTokens = 4;
+
+// A product with weights that were not quantized.
+struct DenseProduct {
+  const void* weights;  // [rows, cols], float32 or bfloat16
+  FloatKind kind;
+  std::size_t rows, cols;
+  const float* bias;       // [rows], or null
+  const float* x;          // [tokens, cols]
+  std::size_t tokens;      // kDenseTokens at most
+  std::size_t begin, end;  // of the rows
+  float* out;              // [tokens, rows]
+};
+
 struct PackedKernels {
   std::size_t largest_block;  // of tokens
   // Each group of a row rounded by its largest magnitude / 127, ties to even. A group with a number that is not finite
@@ -88,6 +123,12 @@ struct PackedKernels {
   void (*multiply)(const PackedProduct& product);
   // A digest of bytes: a plain read of memory, to compare with.
   std::uint64_t (*read)(const void* bytes, std::size_t count);
+  // For whole models; see token_ops.h.
+  void (*normalize)(const float* x, const float* weight, std::size_t count, float epsilon, float* out);
+  void (*rotate)(float* x, const float* cosines, const float* sines, std::size_t count);
+  void (*gate_by)(Activation kind, float* gate, const float* up, std::size_t count);
+  void (*attend)(const Attention& attention);
+  void (*multiply_dense)(const DenseProduct& product);
 };
 
 // The block sizes there are: `tokens` are cut into blocks of the size that wastes least.

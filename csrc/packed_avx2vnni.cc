@@ -1,9 +1,9 @@
 // Products with packed weights, compiled for avx2 with VNNI.
 #include "packed_lanes_avx2.h"
+#include "token_ops.h"
 
 namespace pennyweight {
 
-const PackedKernels kPackedAvx2Vnni = {Lanes256::kLargestBlock, round_tokens, multiply_tiles<Lanes256>,
-                                       read_bytes<Lanes256>};
+const PackedKernels kPackedAvx2Vnni = packed_kernels<Lanes256>();
 
 }  // namespace pennyweight

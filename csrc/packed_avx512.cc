@@ -1,9 +1,9 @@
 // Products with packed weights, compiled for avx512.
 #include "packed_lanes_avx512.h"
+#include "token_ops.h"
 
 namespace pennyweight {
 
-const PackedKernels kPackedAvx512 = {Lanes512::kLargestBlock, round_tokens, multiply_tiles<Lanes512>,
-                                     read_bytes<Lanes512>};
+const PackedKernels kPackedAvx512 = packed_kernels<Lanes512>();
 
 }  // namespace pennyweight

@@ -1,9 +1,9 @@
 // Products with packed weights, compiled for avx512 with VNNI.
 #include "packed_lanes_avx512.h"
+#include "token_ops.h"
 
 namespace pennyweight {
 
-const PackedKernels kPackedAvx512Vnni = {Lanes512::kLargestBlock, round_tokens, multiply_tiles<Lanes512>,
-                                         read_bytes<Lanes512>};
+const PackedKernels kPackedAvx512Vnni = packed_kernels<Lanes512>();
 
 }  // namespace pennyweight

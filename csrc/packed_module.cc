@@ -15,22 +15,15 @@ namespace nb = nanobind;
 
 namespace {
 
-using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using pennyweight::PackedMatrix;
+using Bytes = pennyweight::ConstBytes;
 
 const pennyweight::PackedKernels& packed_table(const std::string& kernels) {
   return *pennyweight::table(kernels).packed;
 }
 
-// Packed weights, and the memory that they lie in.
-struct Packed {
-  explicit Packed(Bytes bytes)
-      : storage(std::move(bytes)), weights(pennyweight::parse_packed(storage.data(), storage.shape(0))) {}
-  Bytes storage;
-  pennyweight::PackedWeights weights;
-};
-
 // Addresses instead of arrays: looking at an array takes longer than a small product. The caller has checked them.
-void multiply(std::uintptr_t x, std::size_t rows, std::size_t cols, const std::vector<const Packed*>& matrices,
+void multiply(std::uintptr_t x, std::size_t rows, std::size_t cols, const std::vector<const PackedMatrix*>& matrices,
               const std::vector<std::uintptr_t>& biases, const std::vector<std::uintptr_t>& outs, int kind,
               bool is_exact, std::size_t threads, const std::string& kernels) {
   if (kind < 0 || kind > 2) throw std::invalid_argument("kind: 0, 1 or 2 is expected");
@@ -59,7 +52,7 @@ std::uint64_t digest(Bytes bytes, std::size_t threads, const std::string& kernel
 }  // namespace
 
 void bind_packed(nb::module_& module) {
-  nb::class_<Packed>(module, "Packed", "Packed weights; see pennyweight.kernels.layout.")
+  nb::class_<PackedMatrix>(module, "Packed", "Packed weights; see pennyweight.kernels.layout.")
       .def(nb::init<Bytes>(), nb::arg("storage"));
 
   module.def("packed_multiply", &multiply, nb::arg("x"), nb::arg("rows"), nb::arg("cols"), nb::arg("matrices"),

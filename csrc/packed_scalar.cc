@@ -1,9 +1,9 @@
 // Products with packed weights, compiled for any processor.
 #include "packed_lanes_scalar.h"
+#include "token_ops.h"
 
 namespace pennyweight {
 
-const PackedKernels kPackedScalar = {PlainLanes::kLargestBlock, round_tokens, multiply_tiles<PlainLanes>,
-                                     read_bytes<PlainLanes>};
+const PackedKernels kPackedScalar = packed_kernels<PlainLanes>();
 
 }  // namespace pennyweight

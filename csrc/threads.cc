@@ -16,7 +16,7 @@ using Task = void (*)(void*, std::size_t, std::size_t);
 
 constexpr std::size_t kMostThreads = 256;
 // Between two products of one token lie some microseconds: whoever sleeps in between is woken too late.
-constexpr std::chrono::microseconds kSpinning{100};
+constexpr std::chrono::microseconds kSpinning{1000};
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)

@@ -15,6 +15,7 @@ import transformers
 
 import pennyweight as pw
 from pennyweight.core.errors import CheckpointError, ModelError, UsageError
+from pennyweight.core.parallel import allowed_threads
 from pennyweight.inference.experts import PackedStack
 from pennyweight.inference.modules import PackedEmbedding, PackedLinear
 from tests.containers import artefacts
@@ -213,3 +214,23 @@ def test_a_truncated_and_a_missing_file_are_named(tmp_path: Path) -> None:
     (artefact.directory / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
     with pytest.raises(CheckpointError, match="do not belong together"):
         pw.load(artefact.directory)
+
+
+def test_a_models_own_operations_run_on_one_thread_and_nothing_stays_changed(tmp_path: Path) -> None:
+    src = artefacts.llama(tmp_path / "model")
+    model = pw.load(write(src, src.plan("int4-g32"), tmp_path / "out").directory, cache=False)
+    seen = []
+    model.model.layers[0].input_layernorm.register_forward_hook(
+        lambda *_: seen.append((torch.get_num_threads(), allowed_threads()))
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        logits(model)
+        assert (torch.get_num_threads(), allowed_threads()) == (3, 3)
+        with pytest.raises(TypeError):
+            model(input_ids="no tokens")
+        assert (torch.get_num_threads(), allowed_threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(1, 3)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pennyweight.core.parallel import one_thread_per_operation
+from pennyweight.inference.decoder import Decoder, decoder_parts
 
 
 def stream(
@@ -18,19 +21,46 @@ def stream(
     With temperature 0 the most likely one each time, else drawn by `generator` (torch's own by default) from the
     softmax of logits / temperature. Nothing else of generation_config.json is heeded than the tokens that end a text.
     """
-    ends = _ends(model)
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    given, past = ids, None
+    logits_after = _by_decoder if decoder_parts(model).why_not is None else _by_model
+    ends, logits = _ends(model), logits_after(model, ids, max_tokens)
+    given: Sequence[int] = ids[0].tolist()
     for _ in range(max_tokens):
+        # Between two operations on several threads OpenMP's helpers spin, and take the cores from those of a product.
+        with one_thread_per_operation():
+            token = int(_chosen(logits(given), temperature, generator))
+        yield token
+        if token in ends:
+            return
+        given = [token]
+
+
+# Logits [1, vocabulary] after tokens that follow those of the calls before.
+Logits = Callable[[Sequence[int]], Tensor]
+
+
+def _by_decoder(model: Any, ids: Tensor, max_tokens: int) -> Logits:
+    decoder = Decoder(decoder_parts(model), positions=ids.shape[1] + max_tokens)
+    return lambda given: decoder.logits(given)[None]
+
+
+def _by_model(model: Any, ids: Tensor, max_tokens: int) -> Logits:
+    """Through the forward pass of the model; without a cache of its own it is given the whole text each time."""
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    text: list[int] = []
+    past: Any = None
+
+    def logits(given: Sequence[int]) -> Tensor:
+        nonlocal past
+        text.extend(given)
+        ids = torch.tensor([text if past is None else given])
         # What is yielded must not find the caller's settings changed.
         with torch.no_grad():
-            out = model(input_ids=given, past_key_values=past, use_cache=True, **extra)
-            token = _chosen(out.logits[:, -1], temperature, generator)
-        yield int(token)
-        if int(token) in ends:
-            return
+            out = model(input_ids=ids.to(model.device), past_key_values=past, use_cache=True, **extra)
         past = getattr(out, "past_key_values", None)
-        given = token.view(1, 1) if past is not None else torch.cat([given, token.view(1, 1)], dim=1)
+        last: Tensor = out.logits[:, -1]
+        return last
+
+    return logits
 
 
 def _chosen(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -16,6 +16,7 @@ from pennyweight.inference.cache import Notes, PackedFile, Weight, cache_key, op
 from pennyweight.inference.experts import PackedStack
 from pennyweight.inference.frame import Frame
 from pennyweight.inference.modules import PackedEmbedding, PackedLinear
+from pennyweight.inference.one_thread import keep_to_one_thread
 from pennyweight.inference.operator import check_activations
 from pennyweight.inference.plan import packed
 from pennyweight.inference.shared_input import SharedInput, find_shared
@@ -90,6 +91,7 @@ def load(
         SharedInput([frame.model.get_submodule(name) for name in names])
     matrices = [weight for weight in found.weights.values() if isinstance(weight, PackedMatrix)]
     model = frame.model.eval()
+    keep_to_one_thread(model)
     model.load_report = LoadReport(
         path=path, activations=activations, packed=len(matrices),
         packed_bytes=sum(matrix.layout.size_bytes for matrix in matrices), decoded=dict(frame.plan.decoded),
