@@ -19,6 +19,8 @@ using pennyweight::ZeroKind;
 
 // float32 sums of different order, and activations and tables as sums of bytes; seen: 4e-7.
 constexpr double kTolerance = 2e-6;
+// Sums of at most 83 products of normal numbers, in another order.
+constexpr float kPartsTolerance = 2e-5f;
 
 std::mt19937 numbers(1);
 int whole(int low, int high) { return std::uniform_int_distribution<int>(low, high)(numbers); }
@@ -162,6 +164,58 @@ bool agrees(const Case& c, const pennyweight::Kernels& table, std::size_t thread
   return true;
 }
 
+std::vector<float> normals(std::size_t count) {
+  std::vector<float> x(count);
+  for (float& number : x) number = normal();
+  return x;
+}
+
+bool is_near(const char* what, const pennyweight::Kernels& table, const std::vector<float>& x,
+             const std::vector<float>& y) {
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (std::fabs(x[i] - y[i]) <= kPartsTolerance) continue;
+    std::printf("%s: %s: number %zu is %.9g, by plain loops %.9g\n", table.name, what, i, static_cast<double>(x[i]),
+                static_cast<double>(y[i]));
+    return false;
+  }
+  return true;
+}
+
+// The other parts of a model, compared with the plain loops.
+bool parts_agree(const pennyweight::Kernels& table, FloatKind kind) {
+  constexpr std::size_t kHeads = 5, kWidth = 48, kStride = 64, kRows = 7, kCols = 83;
+  const std::vector<float> queries = normals(kHeads * kWidth), x = normals(2 * kCols), bias = normals(kRows);
+  std::vector<float> keys = normals(kWidth * kStride), values = normals(kStride * kWidth),
+                     weights = normals(kRows * kCols);
+  if (kind == FloatKind::kBFloat16) {
+    // The high halves of floats: any words but those of infinity and NaN.
+    for (auto* numbers : {&keys, &values, &weights}) {
+      std::vector<std::uint16_t> halves(numbers->size());
+      for (std::size_t i = 0; i < halves.size(); ++i) {
+        std::memcpy(&halves[i], reinterpret_cast<const char*>(&(*numbers)[i]) + 2, 2);
+      }
+      std::memcpy(numbers->data(), halves.data(), 2 * halves.size());
+    }
+  }
+  bool is_right = true;
+  for (const std::size_t begin : {0, 5, 37}) {
+    std::vector<float> mixed[2], rows[2];
+    for (int plain = 0; plain < 2; ++plain) {
+      const pennyweight::PackedKernels& kernels = plain ? pennyweight::kPackedScalar : *table.packed;
+      std::vector<float> scores(pennyweight::kHeadsAtOnce * kStride);
+      mixed[plain].resize(kHeads * kWidth);
+      rows[plain].resize(2 * kRows);
+      kernels.attend({queries.data(), keys.data(), values.data(), kind, kHeads, kWidth, kStride, begin, 59, 0.2f,
+                      scores.data(), mixed[plain].data()});
+      kernels.multiply_dense(
+          {weights.data(), kind, kRows, kCols, bias.data(), x.data(), 2, 0, kRows, rows[plain].data()});
+    }
+    is_right = is_near("attention", table, mixed[0], mixed[1]) && is_right;
+    is_right = is_near("weights that are floats", table, rows[0], rows[1]) && is_right;
+  }
+  return is_right;
+}
+
 }  // namespace
 
 int main(int count, char** names) {
@@ -192,6 +246,9 @@ int main(int count, char** names) {
           }
         }
       }
+    }
+    for (const FloatKind kind : {FloatKind::kFloat32, FloatKind::kBFloat16}) {
+      is_right = parts_agree(tables[i], kind) && is_right;
     }
     std::printf("%s: %zu products, errors up to %.1e of the sum of sizes\n", tables[i].name, cases, worst);
   }
