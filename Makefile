@@ -11,14 +11,20 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' |
 	echo "Pennyweight needs Python 3.11 or later, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12" >&2; exit 1; }
 
 LLAMA := .venvs/llama.cpp
+NEON_CXX ?= aarch64-linux-gnu-g++
+NEON_EMULATOR ?= qemu-aarch64-static
+NEON_FLAGS = -std=c++17 -O2 -DPENNYWEIGHT_NEON -ffp-contract=off -fno-math-errno -fno-trapping-math \
+	-Wall -Wextra -Wconversion -Werror -Wno-psabi -Wno-maybe-uninitialized
+NEON_OBJECTS := $(patsubst %,build/neon/%.o,products dispatch threads scalar packed_call packed_scalar packed_neon)
 
-.PHONY: help demo test test-all lint format sanitize bench peers kernel-peers llama-cpp llama-tools clean distclean
+.PHONY: help demo test test-all lint format sanitize neon bench peers kernel-peers llama-cpp llama-tools clean distclean
 
 help:
 	@echo "make demo       quantize the small model that ships with Pennyweight and compare the two"
 	@echo "make test       the fast tests            make test-all   also the slow ones"
 	@echo "make lint       formatting, types, layers make format     mend the formatting"
 	@echo "make sanitize   run the native part under the address and undefined-behaviour sanitizers"
+	@echo "make neon       the kernels for NEON, compiled for another processor and run in an emulator"
 	@echo "make bench      the quality table         make peers      environments of the tools we compare with"
 	@echo "make kernel-peers  an environment with the kernels that 'python -m benchmarks.kernels' compares with"
 	@echo "make llama-cpp  llama.cpp for the tests of GGUF files; builds it, which takes minutes"
@@ -39,12 +45,12 @@ lint: $(VENV)/.developer
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/neon/*
 
 format: $(VENV)/.developer
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/neon/*
 
 # The real reader of GGUF files, as the extra of that name has it; pip keeps the wheel that it builds.
 llama-cpp: $(VENV)/.developer
@@ -57,6 +63,27 @@ sanitize: $(VENV)/.installed
 		-Ccmake.define.PENNYWEIGHT_SANITIZE=ON -Ccmake.define.PENNYWEIGHT_WERROR=ON -Cbuild-dir=build/sanitize-objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -I tests/native_exercise.py build/sanitize
+
+# Debian has both tools: apt-get install g++-aarch64-linux-gnu qemu-user-static. The second processor has no dot products.
+neon:
+	@for tool in $(NEON_CXX) $(NEON_EMULATOR); do command -v $$tool > /dev/null || { \
+		echo "make neon: skipped, there is no $$tool; on Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static"; \
+		exit 0; }; done; $(MAKE) --no-print-directory build/neon/products && \
+	$(NEON_EMULATOR) -cpu max build/neon/products neon scalar && \
+	$(NEON_EMULATOR) -cpu cortex-a53 build/neon/products scalar
+
+build/neon/products: $(NEON_OBJECTS)
+	$(NEON_CXX) -static -pthread $^ -o $@
+
+build/neon/packed_neon.o: NEON_FLAGS += -march=armv8.2-a+dotprod
+
+build/neon/%.o: csrc/%.cc $(wildcard csrc/*.h)
+	@mkdir -p $(@D)
+	$(NEON_CXX) $(NEON_FLAGS) -c $< -o $@
+
+build/neon/products.o: tests/neon/products.cc $(wildcard csrc/*.h)
+	@mkdir -p $(@D)
+	$(NEON_CXX) $(NEON_FLAGS) -c $< -o $@
 
 bench: $(VENV)/.developer
 	$(BIN)/python -m benchmarks.quality

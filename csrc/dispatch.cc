@@ -1,7 +1,27 @@
 // Finds out what the processor can do.
 #include "kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace pennyweight {
+
+namespace {
+
+#if defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__APPLE__)
+  return true;
+#elif defined(__linux__)
+  return (getauxval(AT_HWCAP) & (1UL << 20)) != 0;  // HWCAP_ASIMDDP, which old headers lack
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 std::size_t instruction_sets(const char** names) {
   std::size_t count = 0;
@@ -10,14 +30,21 @@ std::size_t instruction_sets(const char** names) {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2")) names[count++] = "avx2";
   if (__builtin_cpu_supports("fma")) names[count++] = "fma";
+#if defined(PENNYWEIGHT_AVX2VNNI)  // older compilers do not know the name
   if (__builtin_cpu_supports("avxvnni")) names[count++] = "avxvnni";
+#endif
   if (__builtin_cpu_supports("avx512f")) names[count++] = "avx512f";
   if (__builtin_cpu_supports("avx512bw")) names[count++] = "avx512bw";
   if (__builtin_cpu_supports("avx512vl")) names[count++] = "avx512vl";
+#if defined(PENNYWEIGHT_AVX512VNNI)
   if (__builtin_cpu_supports("avx512vnni")) names[count++] = "avx512vnni";
+#endif
+#if defined(PENNYWEIGHT_AVX512BF16)
   if (__builtin_cpu_supports("avx512bf16")) names[count++] = "avx512bf16";
-#elif defined(__aarch64__) || defined(_M_ARM64)
+#endif
+#elif defined(__aarch64__)
   names[count++] = "neon";  // part of the base architecture
+  if (has_dot_products()) names[count++] = "asimddp";
 #else
   (void)names;
 #endif
@@ -26,6 +53,7 @@ std::size_t instruction_sets(const char** names) {
 
 namespace {
 
+// With the best products that go with these kernels.
 Kernels combined(const char* name, const Kernels& kernels, const PackedKernels& packed) {
   Kernels both = kernels;
   both.name = name;
@@ -37,24 +65,35 @@ Kernels combined(const char* name, const Kernels& kernels, const PackedKernels& 
 
 std::size_t kernel_tables(Kernels* tables) {
   std::size_t count = 0;
-#if defined(PENNYWEIGHT_X86_KERNELS)
+#if defined(PENNYWEIGHT_AVX512) || defined(PENNYWEIGHT_AVX2)
   __builtin_cpu_init();
+#endif
+#if defined(PENNYWEIGHT_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw")) {
+#if defined(PENNYWEIGHT_AVX512VNNI)
     if (__builtin_cpu_supports("avx512vnni")) {
+#if defined(PENNYWEIGHT_AVX512BF16)
       if (__builtin_cpu_supports("avx512bf16")) {
         tables[count++] = combined("avx512bf16", kAvx512Bf16Kernels, kPackedAvx512Vnni);
       }
+#endif
       tables[count++] = combined("avx512vnni", kAvx512Kernels, kPackedAvx512Vnni);
     }
+#endif
     tables[count++] = combined("avx512", kAvx512Kernels, kPackedAvx512);
   }
+#endif
+#if defined(PENNYWEIGHT_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#if defined(PENNYWEIGHT_AVX2VNNI)
     if (__builtin_cpu_supports("avxvnni")) tables[count++] = combined("avx2vnni", kAvx2Kernels, kPackedAvx2Vnni);
+#endif
     tables[count++] = combined("avx2", kAvx2Kernels, kPackedAvx2);
   }
-#elif defined(PENNYWEIGHT_NEON_KERNELS)
-  tables[count++] = combined("neon", kScalarKernels, kPackedNeon);
+#endif
+#if defined(PENNYWEIGHT_NEON)
+  if (has_dot_products()) tables[count++] = combined("neon", kScalarKernels, kPackedNeon);
 #endif
   tables[count++] = combined("scalar", kScalarKernels, kPackedScalar);
   return count;

@@ -165,11 +165,10 @@ std::size_t instruction_sets(const char** names);
 // many.
 std::size_t kernel_tables(Kernels* tables);
 
+// What dispatch.cc chooses from; CMakeLists.txt decides which of them are built.
 extern const Kernels kScalarKernels;
-#if defined(PENNYWEIGHT_X86_KERNELS)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
-#endif
 
 }  // namespace pennyweight

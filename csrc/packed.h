@@ -134,14 +134,12 @@ struct PackedKernels {
 // The block sizes there are: `tokens` are cut into blocks of the size that wastes least.
 constexpr std::size_t kBlockSizes[] = {1, 2, 3, 4, 6, 8, 12};
 
+// What dispatch.cc chooses from; CMakeLists.txt decides which of them are built.
 extern const PackedKernels kPackedScalar;
-#if defined(PENNYWEIGHT_X86_KERNELS)
 extern const PackedKernels kPackedAvx2;
 extern const PackedKernels kPackedAvx2Vnni;
 extern const PackedKernels kPackedAvx512;
 extern const PackedKernels kPackedAvx512Vnni;
-#elif defined(PENNYWEIGHT_NEON_KERNELS)
 extern const PackedKernels kPackedNeon;
-#endif
 
 }  // namespace pennyweight

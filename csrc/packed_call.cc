@@ -27,9 +27,10 @@ Number field(const std::uint8_t* bytes, std::size_t at) {
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // Values as sums of bytes: one plane where all are multiples of a step that bytes can count, else as many as float32
-// needs.
-TablePlanes planes_of(const float* values, std::size_t count) {
+// needs. No code of a value that is not finite is ever packed: such values count as 0.
+TablePlanes planes_of(float* values, std::size_t count) {
   TablePlanes planes{};
+  std::replace_if(values, values + count, [](float x) { return !std::isfinite(x); }, 0.0f);
   float largest = 0.0f;
   for (std::size_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));
   for (const float step : {1.0f, 0.5f}) {
@@ -209,14 +210,19 @@ PackedWeights parse_packed(const std::uint8_t* storage, std::size_t bytes) {
   w.group = field<std::uint16_t>(storage, 20);
   const bool has_bits = w.bits == 8 || (w.bits >= 2 && w.bits <= 6);
   const bool has_table = w.table_bits == 0 || w.table_bits == 8 || (w.table_bits == 4 && w.bits <= 4);
-  if (!has_bits || !has_table || scale > 2 || zero > 3 || w.group < 16 || w.group > kLargestGroup || w.group % 16 ||
-      field<std::uint16_t>(storage, 22) != kTileRows || w.rows == 0 || w.cols == 0 ||
-      (w.group % 32 != 0 && (w.bits == 3 || w.bits == 5))) {
+  // Of whole numbers only: zero points that are codes, and the value of code 0, by which sums are multiplied.
+  const float smallest = field<float>(storage, 24);
+  const bool is_code = w.table_bits != 0 ? smallest == 0.0f && zero != 1
+                                         : std::fabs(smallest) <= 128.0f && smallest == std::nearbyint(smallest);
+  const bool has_group =
+      w.group >= 16 && w.group <= kLargestGroup && w.group % (w.bits == 3 || w.bits == 5 ? 32 : 16) == 0;
+  if (!has_bits || !has_table || !has_group || !is_code || scale > 2 || zero > 3 ||
+      field<std::uint16_t>(storage, 22) != kTileRows || w.rows == 0 || w.cols == 0) {
     throw std::invalid_argument("packed weights: the header is not one of this version");
   }
   w.scale = static_cast<FloatKind>(scale);
   w.zero = static_cast<ZeroKind>(zero);
-  w.smallest = w.table_bits != 0 ? -kTableZero : static_cast<std::int32_t>(field<float>(storage, 24));
+  w.smallest = w.table_bits != 0 ? -kTableZero : static_cast<std::int32_t>(smallest);
   w.unit = field<float>(storage, 28);
   w.groups = (w.cols + w.group - 1) / w.group;
   const std::size_t table_bytes = w.table_bits != 0 ? sizeof(float) << w.table_bits : 0;
@@ -232,7 +238,9 @@ PackedWeights parse_packed(const std::uint8_t* storage, std::size_t bytes) {
   const std::size_t zero_bytes[] = {0, aligned(w.groups * kTileRows), w.scale_bytes, w.scale_bytes};
   w.tile_bytes = w.code_bytes + w.scale_bytes + zero_bytes[zero];
   w.tiles = storage + kHeaderBytes + table_bytes;
-  if (bytes != kHeaderBytes + table_bytes + (w.rows + kTileRows - 1) / kTileRows * w.tile_bytes) {
+  // Divided, since the product of what a damaged header says can be beyond 64 bits.
+  const std::size_t tiles = (bytes - kHeaderBytes - table_bytes) / w.tile_bytes;
+  if (tiles * w.tile_bytes != bytes - kHeaderBytes - table_bytes || tiles != (w.rows + kTileRows - 1) / kTileRows) {
     throw std::invalid_argument("packed weights: " + std::to_string(bytes) + " bytes are not what the header says");
   }
   return w;

@@ -43,7 +43,8 @@ struct Lanes512 {
   }
   template <int kBits, int kFrom, int kTo>
   static PENNYWEIGHT_INLINE Bytes merge(Bytes low, Bytes x) {
-    return _mm512_ternarylogic_epi32(moved<kFrom, kTo>(x), mask<kBits, kTo>(), low, 0xEA);  // (a & b) | c
+    // In brackets: without optimization this is a macro.
+    return _mm512_ternarylogic_epi32((moved<kFrom, kTo>(x)), (mask<kBits, kTo>()), low, 0xEA);  // (a & b) | c
   }
   static PENNYWEIGHT_INLINE Bytes look_up(const std::uint8_t* table, Bytes codes) {
     const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));

@@ -5,7 +5,11 @@ python tests/native_exercise.py DIR    DIR: where the package is installed; impo
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import itertools
+import random
+import struct
 import sys
 from array import array
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import Any
 
 
 def main(directory: Path) -> None:
+    random.seed(0)
     [library] = (directory / "pennyweight").glob("_native*.so")
     spec = importlib.util.spec_from_file_location("_native", library)
     assert spec is not None
@@ -30,7 +35,12 @@ def main(directory: Path) -> None:
         if table == "avx512bf16":
             for rows in (1, 2, 301):
                 _add_products(native, table, rows)
+        for bits, group in itertools.product((2, 3, 4, 5, 6, 8), (16, 32, 48, 64, 128)):
+            if group % 32 == 0 or bits not in (3, 5):
+                _multiply_packed(native, table, bits, group)
+        native.read_memory(memoryview(bytearray(100_003)), 3, table)
         print(f"{table}: every kernel ran")
+    _read_damaged(native)
 
 
 def _matrix(*shape: int, step: float = 0.37) -> memoryview:
@@ -105,6 +115,59 @@ def _add_products(native: Any, table: str, rows: int) -> None:
     for panel in range(columns // 64):
         native.pair_rows(x, panel, panels, table)
     native.add_products(panels, _matrix(columns, columns), 0, 3, 1, 3, table)
+
+
+def _header(rows: int, cols: int, kinds: tuple[int, int, int, int], group: int) -> bytes:
+    return struct.pack("<8sIIBBBBHHff32x", b"PWPACKED", rows, cols, *kinds, group, 16, 0.0, 0.5)
+
+
+def _packed(rows: int, cols: int, kinds: tuple[int, int, int, int], group: int) -> bytes:
+    """Storage in the layout of pennyweight.kernels.layout, with any bytes for codes; `kinds`: bits, kind of scale, kind
+    of zero, bits of the table."""
+    bits, scale, zero, table_bits = kinds
+    groups = -(-cols // group)
+    wide = [4, 2, 2][scale]
+    sizes = [groups * group * 2 * bits, groups * 16 * wide, groups * 16 * [0, 1, wide, wide][zero]]
+    table = array("f", (index / 7 - 1 for index in range(2**table_bits if table_bits else 0))).tobytes()
+    tile = b"".join(random.randbytes(size) + bytes(-size % 64) for size in sizes)
+    return _header(rows, cols, kinds, group) + table + tile * -(-rows // 16)
+
+
+def _multiply_packed(native: Any, table: str, bits: int, group: int) -> None:
+    for rows, groups, tokens in ((1, 1, 1), (17, 3, 2), (33, 2, 13), (70, 2, 101)):
+        cols = groups * group - random.randrange(16)
+        kinds = [(0, 0, 0), (1, 1, 0), (2, 2, 0), (0, 3, 0), (1, 2, 8), *([(2, 0, 4)] if bits <= 4 else [])]
+        storages = [array("B", _packed(rows, cols, (bits, *kind), group)) for kind in kinds]
+        matrices = [native.Packed(memoryview(storage)) for storage in storages]
+        for kind, is_exact in itertools.product(range(3), (False, True)):
+            size = 2 if kind else 4
+            x, bias = array("B", random.randbytes(tokens * cols * size)), array("f", [0.5] * rows)
+            outs = [array("B", bytes(tokens * rows * size)) for _ in matrices]
+            places = [out.buffer_info()[0] for out in outs]
+            biases = [index % 2 * bias.buffer_info()[0] for index in range(len(outs))]
+            threads = 1 + tokens % 3
+            given = (x.buffer_info()[0], tokens, cols, matrices, biases, places, kind, is_exact, threads, table)
+            native.packed_multiply(*given)
+
+
+def _read_damaged(native: Any) -> None:
+    """Headers of any bytes: read or refused."""
+    read = 0
+    for _ in range(3000):
+        storage = bytearray(_packed(20, 100, (4, random.randrange(3), random.randrange(4), 0), 32))
+        for _ in range(random.randrange(1, 4)):
+            storage[random.randrange(8, 32)] = random.choice((0, 1, 4, 8, 255, random.randrange(256)))
+        try:
+            matrix = native.Packed(memoryview(storage[: random.choice((len(storage), random.randrange(200)))]))
+        except ValueError:
+            continue
+        cols = struct.unpack_from("<I", storage, 12)[0]
+        rows = struct.unpack_from("<I", storage, 8)[0]
+        x, out = (ctypes.c_float * cols)(), (ctypes.c_float * rows)()
+        place = (ctypes.addressof(x), 1, cols, [matrix], [0], [ctypes.addressof(out)])
+        native.packed_multiply(*place, 0, True, 1, native.kernel_tables()[0])
+        read += 1
+    print(f"damaged headers: {read} of 3000 were read")
 
 
 if __name__ == "__main__":

@@ -134,8 +134,12 @@ class Layout:
         if len(head) < HEADER_BYTES or head[:8] != MAGIC or struct.unpack("<I", head[-4:])[0] != zlib.crc32(head[:-4]):
             raise CheckpointError(f"{name}: this is no header of packed weights, or a damaged one: pack them again")
         _, rows, cols, bits, scale, zero, table_bits, group, tile_rows, smallest, unit, size, _ = _HEADER.unpack(head)
-        is_known = bits in _PLANES and scale < len(_SCALES) and zero < len(_ZEROS) and table_bits in (0, 4, 8)
-        if not is_known or tile_rows != TILE_ROWS or not 16 <= group <= LARGEST_GROUP or group % 16:
+        is_known = bits in _PLANES and scale < len(_SCALES) and zero < len(_ZEROS) and tile_rows == TILE_ROWS
+        has_groups = is_known and 16 <= group <= LARGEST_GROUP and group % 16 == 0 and stored_bits(bits, group) == bits
+        has_table = table_bits == 8 or (table_bits == 4 and bits <= 4)
+        # Of whole numbers only: zero points that are codes, and the value of code 0, by which sums are multiplied.
+        is_code = abs(smallest) <= 128 and smallest % 1 == 0 if table_bits == 0 else smallest == 0 and zero != 1
+        if not (has_groups and is_code and (has_table or table_bits == 0) and rows and cols):
             raise CheckpointError(f"{name}: packed by another version of Pennyweight: pack them again")
         layout = Layout(rows, cols, bits, group, _SCALES[scale], _ZEROS[zero], smallest, table_bits, unit)
         if size != layout.size_bytes or storage.numel() != size:

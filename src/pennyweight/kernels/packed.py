@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pennyweight.core.errors import ShapeError, UsageError
+from pennyweight.core.errors import ShapeError, UsageError, WeightError
 from pennyweight.core.parallel import allowed_threads, chunks, parallel_map
 from pennyweight.formats import NumberFormat
 from pennyweight.formats.integer import Int
@@ -45,8 +45,10 @@ class PackedMatrix:
 
     @staticmethod
     def open(storage: Tensor, name: str = "packed weights") -> PackedMatrix:
-        """Bytes that `pack` made; raises CheckpointError where the header is damaged or bytes are missing."""
-        return PackedMatrix(Layout.parse(storage, name), storage)
+        """Bytes that `pack` made; raises CheckpointError where the header is damaged or bytes are missing. Bytes in the
+        middle of others, where no float can begin, are copied."""
+        layout = Layout.parse(storage, name)
+        return PackedMatrix(layout, storage.clone() if storage.storage_offset() % 4 else storage)
 
     @staticmethod
     def why_not(rows: int, cols: int, *, group: int) -> str | None:
@@ -65,8 +67,8 @@ class PackedMatrix:
         codes           uint8 [rows, cols]
         scales          [rows, groups], or one of both; groups are of the same size. Kept in the narrowest type that
                         holds them exactly
-        zeros, offsets  like scales, one of them at most; zeros of an integer type are kept as codes
-        Raises ShapeError where shapes do not fit (see `why_not`).
+        zeros, offsets  like scales, one of them at most; zeros of an integer type are kept as codes where they are some
+        Raises ShapeError where shapes do not fit (see `why_not`), WeightError for codes of no finite value.
         """
         check_matrix(codes, scales)
         rows, cols = codes.shape
@@ -77,7 +79,7 @@ class PackedMatrix:
             raise ShapeError(f"codes {tuple(codes.shape)}, {shape[1]} scales a row: {why or 'groups are not equal'}")
         size = layout_group(group, cols)
         assert size is not None
-        is_integer = zeros is not None and not zeros.is_floating_point()
+        is_integer = zeros is not None and _are_codes(zeros, element)
         floats = given[:1] if is_integer else given
         kind: Zero = "offset" if offsets is not None else "none" if zeros is None else "float"
         layout = Layout(
@@ -91,6 +93,8 @@ class PackedMatrix:
         if layout.table_bits:
             values = element.decode(torch.arange(2**element.bits, dtype=torch.uint8))
             matrix.table[: len(values)] = values
+            if torch.isin(codes, (~values.isfinite()).nonzero().flatten().to(torch.uint8)).any():
+                raise WeightError(f"codes {tuple(codes.shape)} of {element.name}: infinity or NaN is among the weights")
         parallel_map(lambda part: matrix._pack_tiles(part, codes, given), chunks(layout.tiles, _TILES))
         return matrix
 
@@ -203,6 +207,8 @@ def multiply(
     if library is None or x.device.type != "cpu":
         return [_plain_product(x, matrix, bias, activations) for matrix, bias in zip(matrices, added, strict=True)]
     rows = x.reshape(-1, x.shape[-1]).contiguous() if x.numel() else x.new_empty(0, x.shape[-1])
+    if rows.data_ptr() % rows.element_size():
+        rows = rows.clone()
     outs = [x.new_empty(len(rows), matrix.layout.rows) for matrix in matrices]
     floats = [None if bias is None else bias.to(torch.float32).contiguous() for bias in added]
     library.packed_multiply(
@@ -232,6 +238,13 @@ def _plain_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, activat
     out = rows @ matrix.decode().to(x.device).T
     out = out if bias is None else out + bias.float()
     return out.to(x.dtype).view(*x.shape[:-1], matrix.layout.rows)
+
+
+def _are_codes(zeros: Tensor, element: NumberFormat) -> bool:
+    """Whether zero points fit where the layout keeps them: bytes, code 0 first."""
+    if zeros.is_floating_point() or not isinstance(element, Int):
+        return False
+    return int(zeros.min()) >= element.smallest and int(zeros.max()) <= element.smallest + 255
 
 
 def _narrowest(given: Sequence[Tensor]) -> torch.dtype:
