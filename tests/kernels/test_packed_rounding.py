@@ -54,6 +54,17 @@ def test_halves_go_to_the_even_byte() -> None:
     assert round_activations(x, 16)[0].flatten()[:8].tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
 
 
+def test_what_has_no_scale() -> None:
+    x = torch.zeros(4, 16)
+    # The scale of the second is that at which numbers begin to count.
+    x[0], x[1], x[2, 3], x[3, 3] = 1.2e-28, 1.3e-28, torch.nan, -torch.inf
+    codes, scales = round_activations(x, 16)
+    assert codes.flatten(1).tolist() == [[0] * 16, [127] * 16, [0] * 16, [0] * 16]
+    assert scales[0].item() == 0.0
+    assert scales[1].item() > 1e-30
+    assert bool(scales[2:].isnan().all())
+
+
 @on_every_table
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 80, 96, 112, 128])

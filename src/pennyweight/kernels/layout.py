@@ -153,7 +153,7 @@ def layout_group(group: int, cols: int) -> int | None:
     Larger groups than LARGEST_GROUP are cut into equal ones that repeat the scale. One group a row is filled up.
 
     >>> layout_group(64, 4096), layout_group(4096, 4096), layout_group(100, 100), layout_group(24, 48)
-    (64, 128, 32, None)
+    (64, 128, 128, None)
     """
     sizes = [size for size in (128, 96, 64, 32, 112, 80, 48, 16) if size <= group or group >= cols]
     whole = [size for size in sizes if group % size == 0]

@@ -235,6 +235,7 @@ def _plain_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, activat
     if activations == "int8":
         codes, scales = round_activations(rows, matrix.layout.group)
         rows = (codes.float() * scales).flatten(1)[:, : rows.shape[1]]
+    rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, torch.nan)
     out = rows @ matrix.decode().to(x.device).T
     out = out if bias is None else out + bias.float()
     return out.to(x.dtype).view(*x.shape[:-1], matrix.layout.rows)
