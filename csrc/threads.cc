@@ -36,7 +36,8 @@ class Pool {
     context_ = context;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
-    busy_.store(threads - 1, std::memory_order_relaxed);
+    left_.store(0, std::memory_order_relaxed);
+    joined_.store(threads - 1);
     {
       // Under the lock, or a worker that is about to sleep would miss it.
       const std::lock_guard<std::mutex> lock(sleep_);
@@ -44,7 +45,9 @@ class Pool {
     }
     if (sleepers_.load() != 0) wake_.notify_all();
     take(0);
-    for (std::size_t spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+    // Nobody joins any more: whoever has not come by now, because others have its processor, is not waited for.
+    const std::uint64_t joined = joined_.exchange(0) / kMostThreads;
+    for (std::size_t spins = 0; left_.load(std::memory_order_acquire) != joined; ++spins) {
       relax();
       if (spins % 4096 == 4095) std::this_thread::yield();
     }
@@ -60,10 +63,19 @@ class Pool {
   void work(std::size_t number) {
     for (std::uint64_t seen = 0;;) {
       seen = changed(seen);
-      if (number > seen % kMostThreads) continue;
+      if (number > seen % kMostThreads || !join(number)) continue;
       take(number);
-      busy_.fetch_sub(1, std::memory_order_release);
+      left_.fetch_add(1, std::memory_order_release);
     }
+  }
+
+  // Whether this worker is part of the present call, which may be a later one than it was called for: then it may take
+  // part in it twice, one time after the other.
+  bool join(std::size_t number) {
+    for (std::uint64_t joined = joined_.load(); number <= joined % kMostThreads;) {
+      if (joined_.compare_exchange_weak(joined, joined + kMostThreads)) return true;
+    }
+    return false;
   }
 
   // The next call after `seen`.
@@ -88,7 +100,9 @@ class Pool {
   void* context_ = nullptr;
   std::size_t count_ = 0;
   std::atomic<std::size_t> next_{0};
-  std::atomic<std::size_t> busy_{0};
+  // How many have joined the present call, and the number of the last worker that may, in one word; 0: it is closed.
+  std::atomic<std::uint64_t> joined_{0};
+  std::atomic<std::uint64_t> left_{0};  // of those that joined
   // A number of the call, and the number of workers that it wants, in one word.
   std::atomic<std::uint64_t> call_{0};
   std::atomic<std::size_t> sleepers_{0};
