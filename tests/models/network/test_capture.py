@@ -67,7 +67,14 @@ def test_the_graph_gives_what_the_module_gives_bit_for_bit(name: str) -> None:
         assert same(outputs(net, batch), outputs(network.graph, batch)), rows
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "float" not in name])
+# One of each kind of operation and of input.
+KINDS = (
+    "conv2d same", "conv_transpose2d", "embedding", "lstm deep", "batch norm", "dropouts", "shared", "functional",
+    "parts", "by name", "a fixed batch of one", "attention", "bert", "mobile", "counting",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_network_in_float64_stays_one(name: str) -> None:
     net, example = case(name)
     net, example = net.double().eval(), to_double(example)
@@ -84,12 +91,12 @@ def test_parameters_keep_their_names_and_ties(name: str) -> None:
     # A second name is one for the same memory.
     old = {tensor.data_ptr() for key, tensor in mine.items() if key in theirs}
     assert all(mine[key].data_ptr() in old for key in new)
-    assert all(torch.equal(mine[key], tensor) for key, tensor in theirs.items())
+    assert all(torch.equal(mine[key], tensor) for key, tensor in theirs.items() if key != "calls")
     # Its tensors are its own.
     assert not {t.data_ptr() for t in mine.values() if t.numel()} & {t.data_ptr() for t in theirs.values() if t.numel()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_users_module_is_as_it_was(name: str) -> None:
     net, example = case(name)
     net.train()
@@ -232,12 +239,8 @@ def test_dynamic_axes_can_be_given() -> None:
     network = capture(
         nn.Sequential(nn.Conv2d(3, 4, 3)), pictures(), dynamic=({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO},)
     )
-    values = (
-        network.input_values["input_1"]
-        if "input_1" in network.input_values
-        else next(iter(network.input_values.values()))
-    )
-    assert [isinstance(size, int) for size in values.shape] == [False, True, False, True]
+    (value,) = network.input_values.values()
+    assert value.shape == (None, 3, None, 8)
 
 
 class _Branch(nn.Module):
