@@ -121,7 +121,7 @@ def test_the_users_module_is_as_it_was(name: str) -> None:
 
 
 LIFTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-          nn.Embedding, nn.LSTM, nn.GRU, nn.RNN, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d,
+          nn.Embedding, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d,
           nn.AlphaDropout)  # fmt: skip
 # Their weights are computed, by weight_norm and by the attention's own slicing of in_proj_weight.
 COMPUTED = {"weight norm": {"0"}, "counting": set()}

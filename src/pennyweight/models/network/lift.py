@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pennyweight.models.network.places import Places
-from pennyweight.models.network.recurrent import RECURRENT, recurrent_module, regroup_outputs, state_of
+from pennyweight.models.network.recurrent import follow_mode
 
 aten = torch.ops.aten
 # node and arguments by name -> the module with its tensors, or None to leave the node as it is
@@ -17,12 +17,13 @@ _Lifter = Callable[[fx.Node, Mapping[str, Any]], nn.Module | None]
 
 
 def lift(graph: fx.GraphModule, net: nn.Module) -> None:
-    """Edit `graph`, the graph of `net`: convolutions, linear maps, embeddings, LSTMs, batch norms and dropouts are
-    modules under the paths that they had in `net`.
+    """Edit `graph`, the graph of `net`: convolutions, linear maps, embeddings, batch norms and dropouts are modules
+    under the paths that they had in `net`.
 
     So they follow train() and eval(), state_dict() has the names of `net`, and a rewrite puts another module in their
-    place. An operation whose weight is computed stays a call. A parameter without a module of its own, such as
-    in_proj_weight of an attention, is found in state_dict() under a second name too, that of the module made for it.
+    place. An operation whose weight is computed stays a call; so do LSTM and GRU, whose weights stay parameters under
+    their paths. A parameter without a module of its own, such as in_proj_weight of an attention, is found in
+    state_dict() under a second name too, that of the module made for it.
     """
     places = Places(graph, net)
     for node in list(graph.graph.nodes):
@@ -34,6 +35,7 @@ def lift(graph: fx.GraphModule, net: nn.Module) -> None:
         if made is not None:
             path = places.put(made, node, _first_read(arguments))
             _replace(graph.graph, node, path, arguments)
+    follow_mode(graph)
     _forget_constants(graph, net)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
@@ -53,15 +55,11 @@ def _forget_constants(graph: fx.GraphModule, net: nn.Module) -> None:
 
 def _replace(graph: fx.Graph, node: fx.Node, path: str, arguments: Mapping[str, Any]) -> None:
     """Put a call of the module at `path` into the place of `node`, under its name."""
-    given: tuple[Any, ...] = (arguments[_INPUT.get(node.target, "input")],)
-    if node.target in RECURRENT:
-        given = (*given, state_of(arguments))
+    source = arguments[_INPUT.get(node.target, "input")]
     with graph.inserting_before(node):
-        call = graph.call_module(path, given)
+        call = graph.call_module(path, (source,))
     call.meta = dict(node.meta)
-    if node.target in RECURRENT:
-        regroup_outputs(graph, node, call)
-    elif node.target in _LISTS:
+    if node.target in _LISTS:
         for item in list(node.users):
             item.replace_all_uses_with(call)
             graph.erase_node(item)
@@ -76,7 +74,7 @@ def _replace(graph: fx.Graph, node: fx.Node, path: str, arguments: Mapping[str, 
 
 def _first_read(arguments: Mapping[str, Any]) -> fx.Node | None:
     """The first of the parameters and buffers among the arguments."""
-    wanted = [arguments.get("weight"), *(arguments.get("params") or ()), arguments.get("running_mean")]
+    wanted = (arguments.get("weight"), arguments.get("running_mean"))
     return next((node for node in wanted if isinstance(node, fx.Node) and node.op == "get_attr"), None)
 
 
@@ -225,12 +223,6 @@ _DROPOUTS_OF_CHANNELS: dict[int, Any] = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn
 _LISTS = (aten._native_batch_norm_legit_no_training.default,)
 
 
-def _recurrent(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
-    tensors = [_tensor(read) for read in arguments["params"]]
-    read = [tensor for tensor in tensors if tensor is not None]
-    return recurrent_module(node.target, arguments, read) if len(read) == len(tensors) else None
-
-
 _INPUT: dict[Any, str] = {aten.embedding.default: "indices"}
 _LIFTERS: dict[Any, _Lifter] = {
     aten.linear.default: _linear,
@@ -238,7 +230,6 @@ _LIFTERS: dict[Any, _Lifter] = {
     aten.batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     **dict.fromkeys(_DROPOUTS, _dropout),
-    **dict.fromkeys(RECURRENT, _recurrent),
     **{
         overload: _convolution
         for packet in (aten.conv1d, aten.conv2d, aten.conv3d)

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from pennyweight.models.network.lift import bound_arguments
 from pennyweight.models.network.network import NetworkSite, NetworkSiteKind, module_calls
+from pennyweight.models.network.recurrent import RECURRENT
 
 _KINDS: dict[type[nn.Module], NetworkSiteKind] = {
     nn.Linear: "linear",
@@ -37,21 +38,30 @@ def find_sites(graph: fx.GraphModule) -> tuple[NetworkSite, ...]:
 def _uses(graph: fx.GraphModule) -> list[tuple[fx.Node, NetworkSite, Tensor]]:
     uses: list[tuple[fx.Node, NetworkSite, Tensor]] = []
     for node, module in module_calls(graph):
-        path, kind = str(node.target), _KINDS.get(type(module))
-        if isinstance(module, nn.RNNBase):
-            matrices = [(name, weight) for name, weight in module.named_parameters() if weight.dim() == 2]
-            uses += [(node, _recurrent(f"{path}.{name}", weight, node), weight) for name, weight in matrices]
-        elif kind is not None:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            groups = getattr(module, "groups", 1)
-            site = NetworkSite(path, kind, f"{path}.weight", tuple(weight.shape), groups, (node.name,))
-            uses.append((node, site, weight))
+        kind = _KINDS.get(type(module))
+        if kind is None:
+            continue
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        groups = getattr(module, "groups", 1)
+        path = str(node.target)
+        site = NetworkSite(path, kind, f"{path}.weight", tuple(weight.shape), groups, (node.name,))
+        uses.append((node, site, weight))
+    for node in graph.graph.nodes:
+        if node.target in RECURRENT:
+            uses += [(node, site, graph.get_parameter(site.parameter)) for site in _recurrent(graph, node)]
     return uses
 
 
-def _recurrent(path: str, weight: Tensor, node: fx.Node) -> NetworkSite:
-    return NetworkSite(path, "recurrent", path, tuple(weight.shape), nodes=(node.name,))
+def _recurrent(graph: fx.GraphModule, node: fx.Node) -> list[NetworkSite]:
+    """The matrices of an LSTM or GRU: its parameters with two axes."""
+    paths = [str(read.target) for read in bound_arguments(node)["params"] if _is_parameter(read)]
+    shapes = {path: tuple(graph.get_parameter(path).shape) for path in paths}
+    return [
+        NetworkSite(path, "recurrent", path, shape, nodes=(node.name,))
+        for path, shape in shapes.items()
+        if len(shape) == 2
+    ]
 
 
 def find_refused(graph: fx.GraphModule) -> dict[str, str]:
@@ -68,6 +78,9 @@ def _why_refused(node: fx.Node) -> str | None:
             f"its weight is computed ({weight.name}): bake it in before the network is captured, as "
             "torch.nn.utils.parametrize.remove_parametrizations and torch.nn.utils.remove_weight_norm do"
         )
+    if node.target in RECURRENT:
+        computed = [read.name for read in bound_arguments(node)["params"] if not _is_parameter(read)]
+        return f"its weights {', '.join(computed)} are no parameters" if computed else None
     if name in _CELLS or isinstance(weight, fx.Node):
         return f"no container stores the weight of {name} in low bits"
     if name in _PRODUCTS and any(_is_parameter(read) for read in node.all_input_nodes):
