@@ -8,9 +8,9 @@ from pennyweight.core.errors import DataError, UsageError
 from pennyweight.schemes.activation import ActivationParameters, ActivationScheme
 from pennyweight.stats.histogram import Histogram
 
-# Ranges end here, so that every value which can be stored is read as a finite float32: with 2 bits the last one lies
-# up to half a step, a sixth of the range, beyond an end.
-_FARTHEST = 2.0**127
+# Ranges end here, so that every value which can be stored is read as a finite float32: with 2 signed bits and no zero
+# point the last one lies twice as far.
+_FARTHEST = 2.0**126
 
 
 class RangeChooser(Protocol):
@@ -37,9 +37,8 @@ def parameters_for(histogram: Histogram, scheme: ActivationScheme, *, low: float
         )
     if low >= 0 >= high:
         low, high = histogram.low, histogram.high
-    # Beyond this the last step of the exact range could not be read.
-    if histogram.is_one_magnitude and histogram.peak <= _FARTHEST / 2:
-        low, high = _exact_range(histogram, scheme)
+    if histogram.is_one_magnitude and histogram.peak <= _FARTHEST:
+        return scheme.parameters(*_exact_range(histogram, scheme))
     return scheme.parameters(max(low, -_FARTHEST), min(high, _FARTHEST))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,4 +55,4 @@ def _steps(found: Sequence[ActivationParameters]) -> tuple[Tensor, Tensor, Tenso
 def _integral(t: Tensor, lowest: Tensor, highest: Tensor, power: float) -> Tensor:
     r = t.round().clamp_(lowest, highest)
     d = t - r
-    return (r * 0.5**power + d.sign() * d.abs().pow_(power + 1)) / (power + 1)
+    return (r * math.pow(0.5, power) + d.sign() * d.abs().pow_(power + 1)) / (power + 1)
