@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ _ROWS = 32
 def array_batches(path: Path, rows: int = _ROWS) -> Iterator[Any]:
     """The arrays of `path`, samples along the first axis, `rows` of them at a time.
 
-    A batch is a tensor; (inputs, labels) where one of two arrays is named as in LABELS; else a mapping by argument name,
+    A batch is a tensor; (inputs, labels) where one of two arrays has a name of LABELS; else a mapping by argument name,
     without labels. Raises DataError for what cannot be read and for arrays of different lengths.
     """
     arrays = _arrays(path)
@@ -49,10 +50,11 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        found = np.load(path, allow_pickle=False)
-        named = dict(found) if isinstance(found, Mapping) else {"x": found}
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            named = dict(found) if isinstance(found, Mapping) else {"x": found}
         return {name: torch.from_numpy(array) for name, array in named.items()}
-    except (ValueError, OSError, EOFError, TypeError, SafetensorError) as error:
+    except (ValueError, OSError, EOFError, TypeError, BadZipFile, SafetensorError) as error:
         raise DataError(
             f"{path} cannot be read as arrays ({error}): write it with numpy.savez or safetensors"
         ) from error

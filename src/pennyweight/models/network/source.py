@@ -184,8 +184,8 @@ def _transformers_model(path: Path, *, trust_remote_code: bool) -> Any:
     names = [str(name) for name in read_config_json(path).get("architectures") or []]
     if names and names[0].endswith(_GENERATIVE):
         raise UsageError(
-            f"{path} is a {names[0]}, which writes text: ONNX files are for networks that answer in one pass; use --for "
-            "llama.cpp, transformers or vllm"
+            f"{path} is a {names[0]}, which writes text: ONNX files are for networks that answer in one pass; use "
+            "--for llama.cpp, transformers or vllm"
         )
     kind = None if trust_remote_code or not names else getattr(transformers, names[0], None)
     try:
