@@ -99,9 +99,14 @@ def _in_openvino(module: Any, path: Path, threads: int, is_exact: bool) -> Opene
 
 
 def arrays_of(network: Network, inputs: Inputs) -> dict[str, Array]:
-    """The tensors of `inputs` by the names that a file of `network` has for them: those of the arguments."""
+    """The arrays of `inputs` by the names that a file of `network` has for them."""
+    return as_arrays(argument_tensors(network, inputs))
+
+
+def argument_tensors(network: Network, inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors of `inputs` by the names of the arguments of the user's module."""
     names = [str(node.target) for node in network.graph.graph.nodes if node.name in network.input_values]
-    return as_arrays(dict(zip(names, inputs.tensors, strict=True)))
+    return dict(zip(names, inputs.tensors, strict=True))
 
 
 def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
