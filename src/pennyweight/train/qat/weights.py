@@ -1,0 +1,112 @@
+"""The weight of a site, rounded with steps that are learnt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.core.errors import UsageError
+from pennyweight.models.network.network import NetworkSite
+from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme
+from pennyweight.schemes.parameters import Parameters
+from pennyweight.schemes.quantized import grouped
+from pennyweight.train.qat.lsq import FREE, Grid, Rounding, Scaled, Step, gradient_factor
+
+# Of a step's start: where it is held when training drives it towards 0.
+_LEAST = 2.0**-7
+
+
+def why_not_trained(scheme: Scheme) -> str | None:
+    """Why the parameters of `scheme` cannot be learnt here; None where they can."""
+    if scheme.is_plain:
+        return None
+    return (
+        f"{scheme} has offsets, zero points that are floats or scales that are codes, which are not learnt here: "
+        "use one with float scales and integer zero points or none, such as int4-channel or int4-g32-asym"
+    )
+
+
+class WeightRounding(nn.Module):
+    """matrix [out, in] -> what a reader of its codes sees, the same shape, float32.
+
+    step     [rows, groups] (Scheme.scale_shape), above 0; scale = sign * step * the size of its row
+    offset   [rows, groups], where the scheme has a zero point: the zero point is -offset / scale, rounded
+    fixed    int16 [out, in]: the value of each code that no longer changes, FREE elsewhere
+
+    A row's size is 1, or |gamma / sigma| of the batch norm that is folded into the matrix: with scales that belong to
+    rows the codes then do not depend on running statistics. A scale that the whole matrix shares has no such size.
+    """
+
+    sign: Tensor
+    least: Tensor
+    fixed: Tensor
+
+    def __init__(self, site: NetworkSite, scheme: Scheme, start: Parameters, rows: Tensor | None = None) -> None:
+        """`start` for the matrix, and the sizes [out] of its rows, as they are now."""
+        super().__init__()
+        if why := why_not_trained(scheme):
+            raise UsageError(f"{site.name}: {why}")
+        self.site, self.scheme = site, scheme
+        self.grid = Grid(scheme.element, scheme.scale.torch_dtype, scheme.arithmetic)
+        given = start.decoded(scheme)
+        relative = given.scales / self._sizes(None if rows is None else rows.detach(), given.scales)
+        self.step = nn.Parameter(relative.abs())
+        self.offset = None if given.zeros is None else nn.Parameter(-given.zeros * relative)
+        self.register_buffer("sign", torch.where(relative < 0, -1.0, 1.0))
+        self.register_buffer("least", relative.abs() * _LEAST)
+        # Changed in place: the graph that torch.compile has made of this module reads it.
+        self.register_buffer("fixed", torch.full(site.matrix_shape, FREE, dtype=torch.int16, device=relative.device))
+        self.factor = gradient_factor(site.matrix_shape[0] * site.matrix_shape[1] // relative.numel(), scheme.element)
+        self.is_enabled = True
+
+    def forward(self, matrix: Tensor, rows: Tensor | None = None) -> Tensor:
+        if not self.is_enabled:
+            return matrix
+        scale, offset = self._scaled(rows)
+        fixed = grouped(self.fixed, self.scheme)
+        rounded: Tensor = Rounding.apply(grouped(matrix, self.scheme), scale, offset, fixed, self.grid)
+        return rounded.reshape(matrix.shape)
+
+    def _scaled(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """scale and offset [rows, groups, 1]."""
+        sizes = self._sizes(rows, self.step)
+        step: Tensor = Step.apply(self.step, self.least, self.factor)
+        scale = (self.sign * step * sizes)[..., None]
+        if self.offset is None:
+            return scale, None
+        offset: Tensor = Scaled.apply(self.offset, self.factor)
+        return scale, (offset * sizes)[..., None]
+
+    def _sizes(self, rows: Tensor | None, like: Tensor) -> Tensor:
+        """The size of the row of each scale."""
+        if rows is None or isinstance(self.scheme.granularity, PerTensor):
+            return torch.ones_like(like)
+        return rows[:, None]
+
+    @torch.no_grad()
+    def values(self, matrix: Tensor, rows: Tensor | None = None, *, is_free: bool = False) -> Tensor:
+        """The value of each code, float32 [out, in]; with `is_free` also of those that are fixed, as if they were not."""
+        scale, offset = self._scaled(rows)
+        s = self.grid.scale(scale)
+        values = self.grid.values(grouped(matrix, self.scheme), s, self.grid.zeros(s, offset)).reshape(matrix.shape)
+        return values if is_free else torch.where(self.fixed == FREE, values, self.fixed.to(values.dtype))
+
+    @torch.no_grad()
+    def centred(self, values: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The weights [out, in] that `values` stand for."""
+        scale, offset = self._scaled(rows)
+        s = self.grid.scale(scale)
+        z = self.grid.zeros(s, offset)
+        return self.grid.decoded(grouped(values, self.scheme), s, z).reshape(values.shape)
+
+    @torch.no_grad()
+    def quantized(self, matrix: Tensor, rows: Tensor | None = None) -> QuantizedWeight:
+        """The codes that `forward` of the same arguments decodes."""
+        scale, offset = self._scaled(rows)
+        s = self.grid.scale(scale)
+        z = self.grid.zeros(s, offset)
+        zeros = None if z is None else z[..., 0].to(torch.int16)
+        codes = self.scheme.element.encode(self.values(matrix, rows))
+        return QuantizedWeight.of(
+            codes, Parameters(s[..., 0].to(self.scheme.scale.torch_dtype), zeros), self.scheme
+        )
