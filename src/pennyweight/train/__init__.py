@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pennyweight.train.qat.finish import finish
+    from pennyweight.train.qat.fit import fit
     from pennyweight.train.qat.prepare import prepare
 
-__all__ = ["finish", "prepare"]
+__all__ = ["finish", "fit", "prepare"]
 
 # Public name -> module that defines it.
 _LAZY = {
     "finish": "pennyweight.train.qat.finish",
+    "fit": "pennyweight.train.qat.fit",
     "prepare": "pennyweight.train.qat.prepare",
 }
 

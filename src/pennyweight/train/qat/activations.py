@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.schemes.activation import ActivationParameters, ActivationScheme
-from pennyweight.train.qat.lsq import Grid, Rounding, Scaled, Step, Through, gradient_factor
+from pennyweight.train.qat.lsq import Grid, gradient_factor, held_above, passed_through, rounded, with_gradient_times
 
 _LEAST = 2.0**-7
 
@@ -36,10 +36,9 @@ class ActivationRounding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_enabled:
             return x
-        step: Tensor = Step.apply(self.step, self.least, self.factor)
-        offset = None if self.offset is None else Scaled.apply(self.offset, self.factor)
-        rounded: Tensor = Rounding.apply(x.float(), step, offset, None, self.grid)
-        return rounded.to(x.dtype)
+        step = held_above(self.step, self.least, self.factor)
+        offset = None if self.offset is None else with_gradient_times(self.factor, self.offset)
+        return rounded(x.float(), step, offset, None, self.grid).to(x.dtype)
 
     @property
     def parameters_(self) -> ActivationParameters:
@@ -64,9 +63,8 @@ class DynamicRounding(nn.Module):
         with torch.no_grad():
             scale, zeros = self._range(x)
             values = self.grid.values(x.float(), scale, zeros)
-            rounded = self.grid.decoded(values, scale, zeros).to(x.dtype)
-        passed: Tensor = Through.apply(x, rounded)
-        return passed
+            made = self.grid.decoded(values, scale, zeros).to(x.dtype)
+        return passed_through(x, made)
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """scale and zero point, by the arithmetic of pennyweight.models.network.quantized.dynamic_parameters."""

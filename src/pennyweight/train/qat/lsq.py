@@ -62,7 +62,7 @@ class Grid:
         return (shifted.to(self.arithmetic) * scale.to(self.arithmetic)).to(values.dtype)
 
 
-class Rounding(torch.autograd.Function):
+class _Rounding(torch.autograd.Function):
     """x̂ = s (q - z),  q = clamp(round(x / s) + z, n, p),  z = clamp(round(-β / s), n, p)
 
     with v = x / s + z and straight-through rounding of q, z and of s to its stored type:
@@ -71,20 +71,17 @@ class Rounding(torch.autograd.Function):
         dx̂/ds = q - v       inside,                 q outside with β learnt (x̂ = s q + β), else q - z
         dx̂/dβ = 0           inside,                 1 outside
 
-    Esser et al., "Learned step size quantization" (2020), equations 1-3; Bhalgat et al., "LSQ+" (2020), equations 4-6, with
-    β kept at a whole number of steps. `scale` and `offset` broadcast over `x`; values that are `fixed` (int16 as `x`,
-    FREE where not) stay whatever x is, and count as outside.
+    Esser et al., "Learned step size quantization" (2020), equations 1-3; Bhalgat et al., "LSQ+" (2020), equations 4-6,
+    with β kept at a whole number of steps. Values that are `fixed` count as outside.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, fixed: Tensor | None, grid: Grid
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, fixed: Tensor | None, grid: Grid) -> Tensor:
         ctx.save_for_backward(x, scale, offset, fixed)
         ctx.grid = grid
         s = grid.scale(scale)
         z = grid.zeros(s, offset)
-        return grid.decoded(_kept(grid.values(x, s, z), fixed), s, z)
+        return grid.decoded(kept(grid.values(x, s, z), fixed), s, z)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -99,7 +96,7 @@ class Rounding(torch.autograd.Function):
         wants_x, wants_scale, wants_offset = ctx.needs_input_grad[:3]
         to_scale = to_offset = None
         if wants_scale:
-            q = _kept(grid.values(x, s, z), fixed)
+            q = kept(grid.values(x, s, z), fixed)
             outside = q if z is None or offset is not None else q - z
             to_scale = (gradient * torch.where(inside, q - v, outside)).sum_to_size(scale.shape)
         if wants_offset:
@@ -107,16 +104,13 @@ class Rounding(torch.autograd.Function):
         return torch.where(inside, gradient, 0) if wants_x else None, to_scale, to_offset, None, None
 
 
-def _kept(values: Tensor, fixed: Tensor | None) -> Tensor:
+def kept(values: Tensor, fixed: Tensor | None) -> Tensor:
+    """`fixed` in place of `values` where it is not FREE."""
     return values if fixed is None else torch.where(fixed == FREE, values, fixed.to(values.dtype))
 
 
-class Step(torch.autograd.Function):
-    """max(step, least), whose gradient passes at every step and is multiplied by `factor`.
-
-    LSQ's g = 1 / sqrt(N p), N the numbers that share the step and p the largest value, gives steps and weights updates
-    of one relative size (Esser et al., section 2.2).
-    """
+class _Step(torch.autograd.Function):
+    """See `held_above`."""
 
     @staticmethod
     def forward(ctx: Any, step: Tensor, least: Tensor, factor: float) -> Tensor:
@@ -128,8 +122,8 @@ class Step(torch.autograd.Function):
         return gradient * ctx.factor, None, None
 
 
-class Scaled(torch.autograd.Function):
-    """x as it is, with its gradient multiplied by `factor`."""
+class _Scaled(torch.autograd.Function):
+    """See `with_gradient_times`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -141,18 +135,46 @@ class Scaled(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-class Through(torch.autograd.Function):
-    """`rounded`, whose gradient goes to `x` as it is: nothing is clipped."""
+class _Through(torch.autograd.Function):
+    """See `passed_through`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
+    def forward(ctx: Any, x: Tensor, made: Tensor) -> Tensor:
+        return made.view_as(made)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
+def rounded(x: Tensor, scale: Tensor, offset: Tensor | None, fixed: Tensor | None, grid: Grid) -> Tensor:
+    """`x` on the grid of `scale` and `offset`, which broadcast over it; see `_Rounding` for the gradients.
+
+    fixed  int16 as `x`: values that stay whatever x is, FREE where they may change
+    """
+    made: Tensor = _Rounding.apply(x, scale, offset, fixed, grid)  # type: ignore[no-untyped-call]
+    return made
+
+
+def held_above(step: Tensor, least: Tensor, factor: float) -> Tensor:
+    """max(step, least), whose gradient passes at every step and is multiplied by `factor`."""
+    made: Tensor = _Step.apply(step, least, factor)  # type: ignore[no-untyped-call]
+    return made
+
+
+def with_gradient_times(factor: float, x: Tensor) -> Tensor:
+    """x as it is, with its gradient multiplied by `factor`."""
+    made: Tensor = _Scaled.apply(x, factor)  # type: ignore[no-untyped-call]
+    return made
+
+
+def passed_through(x: Tensor, made: Tensor) -> Tensor:
+    """`made`, whose gradient goes to `x` as it is: nothing is clipped."""
+    result: Tensor = _Through.apply(x, made)  # type: ignore[no-untyped-call]
+    return result
+
+
 def gradient_factor(count: int, element: NumberFormat) -> float:
-    """LSQ's g for a step that `count` numbers share."""
+    """LSQ's g = 1 / sqrt(N p) for a step that N = `count` numbers share, p the largest value: steps and weights then
+    change by the same share of their size (Esser et al., section 2.2)."""
     return float((max(count, 1) * max(element.largest, 1.0)) ** -0.5)

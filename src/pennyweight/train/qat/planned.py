@@ -84,7 +84,9 @@ def _decided(network: Network, keep: Sequence[str], at: Sequence[str], ends: str
     names = [site.name for site in network.sites]
     if not names:
         raise UsageError("the network has no convolution, linear map, embedding, LSTM or GRU: nothing to quantize")
-    decided = {} if ends is None else {name: Decided(parse_scheme(ends), f"ends={ends}") for name in (names[0], names[-1])}
+    decided = (
+        {} if ends is None else {name: Decided(parse_scheme(ends), f"ends={ends}") for name in (names[0], names[-1])}
+    )
     return decided | dict(decided_sites(names, (), parse_overrides(keep, at)))
 
 

@@ -15,9 +15,9 @@ from pennyweight.schemes.activation import NetworkScheme
 from pennyweight.train.qat.activations import ActivationRounding, DynamicRounding
 from pennyweight.train.qat.batches import example_of
 from pennyweight.train.qat.codes import start_from_codes_
+from pennyweight.train.qat.folded import folded_matrix, norms_of
 from pennyweight.train.qat.options import QatOptions
 from pennyweight.train.qat.planned import Planned, planned
-from pennyweight.train.qat.folded import folded_matrix, norms_of
 from pennyweight.train.qat.ranges import edge_starts, weight_start
 from pennyweight.train.qat.rewrite import rewritten
 from pennyweight.train.qat.statistics import NormTensors
@@ -107,7 +107,7 @@ def _weights(
         given = None if start is None else start.weights.get(site.name)
         is_same = given is not None and given.scheme == scheme
         parameters = given.parameters if given is not None and is_same else weight_start(matrix, scheme, options.start)
-        found[site.name] = WeightRounding(site, scheme, parameters, rows)
+        found[site.name] = WeightRounding(site, scheme, parameters, rows=rows, has_history=options.history)
     return found
 
 
@@ -126,7 +126,5 @@ def _edges(
         parameters = known if known is not None and known.element == kind.element else starts[name].parameters
         # Behind a ReLU a zero point would only waste codes.
         learns_zero = starts[name].has_negative and not kind.is_symmetric
-        found[name] = ActivationRounding(
-            kind, parameters, features=starts[name].features, learns_zero=learns_zero
-        )
+        found[name] = ActivationRounding(kind, parameters, features=starts[name].features, learns_zero=learns_zero)
     return found

@@ -98,7 +98,7 @@ class TrainedSite:
 
 
 def trained_sites(model: nn.Module) -> Iterator[TrainedSite]:
-    """The sites that are rounded; gradients pass through their matrices."""
+    """The sites that are rounded; gradients pass through their matrices to the weights, not to batch norms."""
     inner = unwrapped(model)
     preparation, norms = preparation_of(inner), prepared_norms(inner)
     for site in preparation.network.sites:
@@ -108,7 +108,7 @@ def trained_sites(model: nn.Module) -> Iterator[TrainedSite]:
         assert isinstance(rounding, WeightRounding)
         matrix, rows = site.matrix(inner.get_parameter(site.parameter)), None
         if site.name in preparation.folded:
-            matrix, rows = folded_matrix(matrix, norms[preparation.folded[site.name]].factor)
+            matrix, rows = folded_matrix(matrix, norms[preparation.folded[site.name]].factor.detach())
         yield TrainedSite(site, rounding, matrix, rows)
 
 

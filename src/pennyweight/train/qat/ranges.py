@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.core.errors import DataError
-from pennyweight.formats.integer import Int
 from pennyweight.models.network.network import Network
 from pennyweight.models.network.quantized import insert_after
 from pennyweight.schemes import Parameters, Scheme, fit_scales

@@ -117,7 +117,8 @@ class _Rewriting:
             self._replace(node, call)
 
     def _node(self, name: str) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.name == name)
+        found: fx.Node = next(node for node in self.graph.nodes if node.name == name)
+        return found
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.network.graph.get_submodule(str(node.target))

@@ -103,5 +103,6 @@ class LoneNorm(nn.Module):
 
     def forward(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor) -> Tensor:
         if self.statistics.is_used:
-            return self.statistics(x, NormTensors(gamma, beta, mean, variance))
+            made: Tensor = self.statistics(x, NormTensors(gamma, beta, mean, variance))
+            return made
         return f.batch_norm(x, mean, variance, gamma, beta, False, 0.0, self.statistics.epsilon)

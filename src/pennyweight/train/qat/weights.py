@@ -10,7 +10,8 @@ from pennyweight.models.network.network import NetworkSite
 from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme
 from pennyweight.schemes.parameters import Parameters
 from pennyweight.schemes.quantized import grouped
-from pennyweight.train.qat.lsq import FREE, Grid, Rounding, Scaled, Step, gradient_factor
+from pennyweight.train.qat.history import History
+from pennyweight.train.qat.lsq import Grid, gradient_factor, held_above, kept, rounded, with_gradient_times
 
 # Of a step's start: where it is held when training drives it towards 0.
 _LEAST = 2.0**-7
@@ -31,7 +32,7 @@ class WeightRounding(nn.Module):
 
     step     [rows, groups] (Scheme.scale_shape), above 0; scale = sign * step * the size of its row
     offset   [rows, groups], where the scheme has a zero point: the zero point is -offset / scale, rounded
-    fixed    int16 [out, in]: the value of each code that no longer changes, FREE elsewhere
+    history  how codes have changed, and those that no longer do; None where it is not followed
 
     A row's size is 1, or |gamma / sigma| of the batch norm that is folded into the matrix: with scales that belong to
     rows the codes then do not depend on running statistics. A scale that the whole matrix shares has no such size.
@@ -39,9 +40,16 @@ class WeightRounding(nn.Module):
 
     sign: Tensor
     least: Tensor
-    fixed: Tensor
 
-    def __init__(self, site: NetworkSite, scheme: Scheme, start: Parameters, rows: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        site: NetworkSite,
+        scheme: Scheme,
+        start: Parameters,
+        *,
+        rows: Tensor | None = None,
+        has_history: bool = True,
+    ) -> None:
         """`start` for the matrix, and the sizes [out] of its rows, as they are now."""
         super().__init__()
         if why := why_not_trained(scheme):
@@ -54,8 +62,7 @@ class WeightRounding(nn.Module):
         self.offset = None if given.zeros is None else nn.Parameter(-given.zeros * relative)
         self.register_buffer("sign", torch.where(relative < 0, -1.0, 1.0))
         self.register_buffer("least", relative.abs() * _LEAST)
-        # Changed in place: the graph that torch.compile has made of this module reads it.
-        self.register_buffer("fixed", torch.full(site.matrix_shape, FREE, dtype=torch.int16, device=relative.device))
+        self.history = History(site.matrix_shape, relative.device) if has_history else None
         self.factor = gradient_factor(site.matrix_shape[0] * site.matrix_shape[1] // relative.numel(), scheme.element)
         self.is_enabled = True
 
@@ -63,19 +70,16 @@ class WeightRounding(nn.Module):
         if not self.is_enabled:
             return matrix
         scale, offset = self._scaled(rows)
-        fixed = grouped(self.fixed, self.scheme)
-        rounded: Tensor = Rounding.apply(grouped(matrix, self.scheme), scale, offset, fixed, self.grid)
-        return rounded.reshape(matrix.shape)
+        fixed = None if self.history is None else grouped(self.history.fixed, self.scheme)
+        return rounded(grouped(matrix, self.scheme), scale, offset, fixed, self.grid).reshape(matrix.shape)
 
     def _scaled(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """scale and offset [rows, groups, 1]."""
         sizes = self._sizes(rows, self.step)
-        step: Tensor = Step.apply(self.step, self.least, self.factor)
-        scale = (self.sign * step * sizes)[..., None]
+        scale = (self.sign * held_above(self.step, self.least, self.factor) * sizes)[..., None]
         if self.offset is None:
             return scale, None
-        offset: Tensor = Scaled.apply(self.offset, self.factor)
-        return scale, (offset * sizes)[..., None]
+        return scale, (with_gradient_times(self.factor, self.offset) * sizes)[..., None]
 
     def _sizes(self, rows: Tensor | None, like: Tensor) -> Tensor:
         """The size of the row of each scale."""
@@ -84,12 +88,12 @@ class WeightRounding(nn.Module):
         return rows[:, None]
 
     @torch.no_grad()
-    def values(self, matrix: Tensor, rows: Tensor | None = None, *, is_free: bool = False) -> Tensor:
-        """The value of each code, float32 [out, in]; with `is_free` also of those that are fixed, as if they were not."""
+    def values(self, matrix: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The value of each code, float32 [out, in]."""
         scale, offset = self._scaled(rows)
         s = self.grid.scale(scale)
         values = self.grid.values(grouped(matrix, self.scheme), s, self.grid.zeros(s, offset)).reshape(matrix.shape)
-        return values if is_free else torch.where(self.fixed == FREE, values, self.fixed.to(values.dtype))
+        return kept(values, None if self.history is None else self.history.fixed)
 
     @torch.no_grad()
     def centred(self, values: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -107,6 +111,4 @@ class WeightRounding(nn.Module):
         z = self.grid.zeros(s, offset)
         zeros = None if z is None else z[..., 0].to(torch.int16)
         codes = self.scheme.element.encode(self.values(matrix, rows))
-        return QuantizedWeight.of(
-            codes, Parameters(s[..., 0].to(self.scheme.scale.torch_dtype), zeros), self.scheme
-        )
+        return QuantizedWeight.of(codes, Parameters(s[..., 0].to(self.scheme.scale.torch_dtype), zeros), self.scheme)
