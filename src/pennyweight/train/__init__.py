@@ -11,15 +11,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pennyweight.train.qat.finish import finish
     from pennyweight.train.qat.fit import fit
+    from pennyweight.train.qat.groups import parameter_groups
+    from pennyweight.train.qat.norms import freeze_norms, reestimate_norms
+    from pennyweight.train.qat.objective import Objective
+    from pennyweight.train.qat.options import FitOptions, QatOptions
+    from pennyweight.train.qat.oscillation import dampening, follow_codes
     from pennyweight.train.qat.prepare import prepare
 
-__all__ = ["finish", "fit", "prepare"]
+__all__ = ["FitOptions", "Objective", "QatOptions", "dampening", "finish", "fit", "follow_codes", "freeze_norms", "parameter_groups", "prepare", "reestimate_norms"]
 
 # Public name -> module that defines it.
 _LAZY = {
+    "FitOptions": "pennyweight.train.qat.options",
+    "Objective": "pennyweight.train.qat.objective",
+    "QatOptions": "pennyweight.train.qat.options",
+    "dampening": "pennyweight.train.qat.oscillation",
     "finish": "pennyweight.train.qat.finish",
     "fit": "pennyweight.train.qat.fit",
+    "follow_codes": "pennyweight.train.qat.oscillation",
+    "freeze_norms": "pennyweight.train.qat.norms",
+    "parameter_groups": "pennyweight.train.qat.groups",
     "prepare": "pennyweight.train.qat.prepare",
+    "reestimate_norms": "pennyweight.train.qat.norms",
 }
 
 

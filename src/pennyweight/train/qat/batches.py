@@ -6,42 +6,30 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pennyweight.core.errors import DataError
-from pennyweight.models.network import Network
+from pennyweight.models.network import Batch, Network, batches_of
 from pennyweight.models.network.network import Inputs
 
-LABELS = "labels"
+_LABELS = "labels"
 
 
-def inputs_of(network: Network, batch: Any) -> Inputs:
-    """Of a tuple as many tensors as the network takes, of a mapping those by name. Raises DataError."""
-    given, example = network.inputs(batch), network.example
-    missing = [name for name in example.kwargs if name not in given.kwargs]
-    if missing or len(given.args) < len(example.args):
-        found = [*(f"argument {place}" for place in range(len(given.args))), *given.kwargs]
-        wanted = [*(f"argument {place}" for place in range(len(example.args))), *example.kwargs]
+def checked(network: Network, given: Any, *, place: str, needs_labels: bool = False) -> Batch:
+    """One batch, as `batches_of` reads it. Raises DataError, which says `place`."""
+    try:
+        [batch] = batches_of([given], network, needs_labels=needs_labels)
+    except DataError as error:
+        remedy = ", or train without them: labels=False" if "no labels" in str(error) else ""
+        raise DataError(f"{place}: {str(error).removeprefix('batch 0: ').removeprefix('batch 0 ')}{remedy}") from error
+    if needs_labels and not isinstance(batch.labels, Tensor):
         raise DataError(
-            f"a batch with {', '.join(found) or 'nothing'}; the network was captured with {', '.join(wanted)}: "
-            "give batches like the example"
+            f"{place}: the labels are of type {type(batch.labels).__name__}: give one tensor of classes behind the "
+            "inputs, or train without labels: labels=False"
         )
-    return Inputs(given.args, {name: given.kwargs[name] for name in example.kwargs})
-
-
-def labels_of(network: Network, batch: Any) -> Tensor:
-    """What a tuple has behind the inputs, what a mapping calls "labels". Raises DataError where there is none."""
-    if isinstance(batch, Mapping):
-        found = batch.get(LABELS)
-        where = f"has no {LABELS!r}, only {', '.join(map(str, batch))}"
-    else:
-        parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-        count = len(network.example.args)
-        found = parts[count] if len(parts) > count else None
-        where = f"has {len(parts)} tensors, of which the network takes {count}: nothing is left for labels"
-    if not isinstance(found, Tensor):
-        raise DataError(f"a batch {where}; give (inputs, labels), or train without them: labels=False")
-    return found
+    return batch
 
 
 def example_of(net: nn.Module, batch: Any) -> Any:
@@ -49,9 +37,17 @@ def example_of(net: nn.Module, batch: Any) -> Any:
     parameters = inspect.signature(net.forward).parameters
     if isinstance(batch, Mapping):
         takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-        return {name: value for name, value in batch.items() if (name in parameters or takes_any) and name != LABELS}
+        return {name: value for name, value in batch.items() if name in parameters or (takes_any and name != _LABELS)}
     if not isinstance(batch, tuple | list):
         return batch
+    if batch and isinstance(batch[0], Mapping):
+        return example_of(net, batch[0])
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     asked = sum(one.kind in positional and one.default is one.empty for one in parameters.values())
     return tuple(batch[: asked or len(batch)])
+
+
+def moved(inputs: Inputs, device: torch.device) -> Inputs:
+    """`inputs` with tensors on `device`."""
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (inputs.args, dict(inputs.kwargs)))
+    return Inputs(args, kwargs)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pennyweight.core.errors import DataError
-from pennyweight.train.qat.batches import inputs_of
-from pennyweight.train.qat.prepared import PreparedNorm, preparation_of, prepared_norms, unwrapped
+from pennyweight.train.qat.batches import checked, moved
+from pennyweight.train.qat.prepared import PreparedNorm, device_of, preparation_of, prepared_norms, unwrapped
 from pennyweight.train.qat.statistics import Pool
 
 
@@ -36,12 +36,11 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     network = preparation_of(inner).network
     norms = prepared_norms(inner)
     with _pooling(inner, norms) as pools, torch.no_grad():
-        seen = 0
-        for batch in batches:
-            given = inputs_of(network, batch)
+        place = -1
+        for place, batch in enumerate(batches):
+            given = moved(checked(network, batch, place=f"batch {place}").inputs, device_of(inner))
             inner(*given.args, **given.kwargs)
-            seen += 1
-        if not seen:
+        if place < 0:
             raise DataError("no batches to estimate batch norms with: give at least one")
         for path, norm in norms.items():
             mean, variance = pools[path].mean_and_variance

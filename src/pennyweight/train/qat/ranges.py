@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.core.errors import DataError
-from pennyweight.models.network.network import Network
+from pennyweight.models.network import Network
 from pennyweight.models.network.quantized import insert_after
 from pennyweight.schemes import Parameters, Scheme, fit_scales
 from pennyweight.schemes.activation import ActivationParameters, ActivationScheme
 from pennyweight.schemes.quantized import grouped
+from pennyweight.stats.histogram import Histogram
+from pennyweight.stats.ranges.mse import Mse
+from pennyweight.train.qat.batches import checked
 from pennyweight.train.qat.options import WeightStart
-
-# Numbers of a batch that are looked at, and ends of the range that are tried, as shares of the whole.
-_SAMPLE = 1 << 16
-_SHARES = 40
 
 
 def weight_start(matrix: Tensor, scheme: Scheme, how: WeightStart) -> Parameters:
@@ -57,40 +56,27 @@ def edge_starts(
     for name, module in seen.items():
         insert_after(graph, nodes[name], module, f"{name}_seen")
     graph.recompile()
-    count = 0
+    place = -1
     with torch.no_grad():
-        for batch in batches:
-            given = network.inputs(batch)
+        for place, batch in enumerate(batches):
+            given = checked(network, batch, place=f"calibration batch {place}").inputs
             graph(*given.args, **given.kwargs)
-            count += 1
-    if not count:
+    if place < 0:
         raise DataError("calibration yields no batches: give at least one, or leave it out and give an example")
     return {name: module.start(edges[name]) for name, module in seen.items()}
 
 
 class _Seen(nn.Module):
-    """Keeps some of what passes."""
+    """Counts what passes."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, self.parts, self.features = name, list[Tensor](), 1
-        self.low = self.high = 0.0
+        self.name, self.histogram, self.features = name, Histogram.zero(), 1
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.detach().float().flatten()
-        low, high = (float(end) for end in torch.aminmax(flat))
-        if not (abs(low) < torch.inf and abs(high) < torch.inf):
-            raise DataError(f"{self.name}: calibration gives numbers that are not finite; look for NaN in its batches")
-        self.low, self.high = min(low, self.low), max(high, self.high)
-        self.features = flat.numel() // max(1, x.shape[0] if x.ndim else 1)
-        self.parts.append(flat[:: max(1, flat.numel() // _SAMPLE)].clone())
+        self.histogram = self.histogram.update(x.detach().cpu(), name=self.name)
+        self.features = x.numel() // max(1, x.shape[0] if x.ndim else 1)
         return x
 
     def start(self, scheme: ActivationScheme) -> EdgeStart:
-        sample = torch.cat(self.parts)
-        tried = [
-            scheme.parameters(self.low * share, self.high * share)
-            for share in torch.linspace(1.0, 0.1 if scheme.element.bits < 8 else 0.6, _SHARES).tolist()
-        ]
-        errors = [float((one.round_trip(sample) - sample).square().mean()) for one in tried]
-        return EdgeStart(tried[errors.index(min(errors))], self.features, self.low < 0)
+        return EdgeStart(Mse().choose(self.histogram, scheme), self.features, self.histogram.low < 0)

@@ -105,7 +105,8 @@ class _Rewriting:
         """Batch norms that are part of no site follow the same switches."""
         for node in list(self.graph.nodes):
             norm = self._module(node) if node.op == "call_module" else None
-            if not isinstance(norm, NORMS):
+            # Without running statistics there is nothing to switch.
+            if not isinstance(norm, NORMS) or norm.running_mean is None:
                 continue
             norm_path = str(node.target)
             path = f"{norm_path}_norm"

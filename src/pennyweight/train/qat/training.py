@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from pennyweight.core.errors import DataError, TrainingError
 from pennyweight.models.network.network import Inputs
-from pennyweight.train.qat.batches import inputs_of, labels_of
+from pennyweight.train.qat.batches import checked, moved
 from pennyweight.train.qat.groups import optimizer_of
 from pennyweight.train.qat.norms import freeze_norms
 from pennyweight.train.qat.objective import logits_of
 from pennyweight.train.qat.options import FitOptions
 from pennyweight.train.qat.oscillation import Oscillations, dampening, follow_codes
-from pennyweight.train.qat.prepared import Preparation, preparation_of
+from pennyweight.train.qat.prepared import Preparation, device_of, preparation_of
 from pennyweight.train.qat.randomness import own_stream
 from pennyweight.train.qat.schedule import Schedule
 
@@ -88,7 +87,7 @@ class Training:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def step(self, batches: list[Any]) -> tuple[float, float]:
         """One step of the optimizer from a few batches; returns their mean loss and the rate."""
@@ -112,14 +111,15 @@ class Training:
         if factor:
             loss = loss + factor * dampening(self.model)
         if not math.isfinite(float(loss.detach())):
-            raise TrainingError(f"step {self.done + 1}: the loss is {float(loss.detach())}; {self._culprit(batch)}")
+            raise TrainingError(f"step {self.done + 1}: the loss is {float(loss.detach())}; {self._culprit()}")
         torch.autograd.backward(loss / count)
         return float(loss.detach()) / count
 
     def _loss(self, batch: Any) -> Tensor:
-        network = self._preparation.network
-        given = moved(inputs_of(network, batch), self.device)
-        labels = labels_of(network, batch).to(self.device) if self.has_labels else None
+        place = f"batch of step {self.done + 1}"
+        found = checked(self._preparation.network, batch, place=place, needs_labels=self.has_labels)
+        given = moved(found.inputs, self.device)
+        labels = found.labels.to(self.device) if self.has_labels else None
         with self._autocast():
             outputs = logits_of(self.model(*given.args, **given.kwargs))
         return self.options.objective.loss(outputs, self._taught(given), labels)
@@ -134,15 +134,13 @@ class Training:
         kind = self.options.autocast
         return nullcontext() if kind is None else torch.autocast(self.device.type, kind)
 
-    def _culprit(self, batch: Any) -> str:
+    def _culprit(self) -> str:
         """What is not finite, and what to do."""
-        for place, tensor in enumerate(pytree.tree_leaves(batch)):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-                return f"tensor {place} of its batch has NaN or infinity: mend the data"
+        rate = self.optimizer.param_groups[0]["highest"]
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
-                return f"{name} has become NaN or infinite: lower the rate ({self.options.rate}), or warm up longer"
-        return "all weights and inputs are finite: lower the rate, or look at the labels and the teacher"
+                return f"{name} has become NaN or infinite: lower the rate ({rate:g}), or warm up longer"
+        return f"weights and inputs are finite: lower the rate ({rate:g}), or look at the labels and the teacher"
 
     @torch.no_grad()
     def held_out(self, batches: Iterable[Any], judge: Callable[[nn.Module], float] | None) -> float:
@@ -176,9 +174,3 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = int(state["done"])
         self.best = Best(**state["best"])
-
-
-def moved(inputs: Inputs, device: torch.device) -> Inputs:
-    """`inputs` with tensors on `device`."""
-    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (inputs.args, dict(inputs.kwargs)))
-    return Inputs(args, kwargs)

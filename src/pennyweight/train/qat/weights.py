@@ -28,7 +28,7 @@ def why_not_trained(scheme: Scheme) -> str | None:
 
 
 class WeightRounding(nn.Module):
-    """matrix [out, in] -> what a reader of its codes sees, the same shape, float32.
+    """matrix [out, in] -> what a reader of its codes sees, of the same shape and type.
 
     step     [rows, groups] (Scheme.scale_shape), above 0; scale = sign * step * the size of its row
     offset   [rows, groups], where the scheme has a zero point: the zero point is -offset / scale, rounded
@@ -71,7 +71,8 @@ class WeightRounding(nn.Module):
             return matrix
         scale, offset = self._scaled(rows)
         fixed = None if self.history is None else grouped(self.history.fixed, self.scheme)
-        return rounded(grouped(matrix, self.scheme), scale, offset, fixed, self.grid).reshape(matrix.shape)
+        made = rounded(grouped(matrix.float(), self.scheme), scale, offset, fixed, self.grid)
+        return made.reshape(matrix.shape).to(matrix.dtype)
 
     def _scaled(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """scale and offset [rows, groups, 1]."""
@@ -90,25 +91,24 @@ class WeightRounding(nn.Module):
     @torch.no_grad()
     def values(self, matrix: Tensor, rows: Tensor | None = None) -> Tensor:
         """The value of each code, float32 [out, in]."""
-        scale, offset = self._scaled(rows)
-        s = self.grid.scale(scale)
-        values = self.grid.values(grouped(matrix, self.scheme), s, self.grid.zeros(s, offset)).reshape(matrix.shape)
+        values = self.grid.values(grouped(matrix.float(), self.scheme), *self._stored(rows)).reshape(matrix.shape)
         return kept(values, None if self.history is None else self.history.fixed)
 
     @torch.no_grad()
     def centred(self, values: Tensor, rows: Tensor | None = None) -> Tensor:
         """The weights [out, in] that `values` stand for."""
-        scale, offset = self._scaled(rows)
-        s = self.grid.scale(scale)
-        z = self.grid.zeros(s, offset)
-        return self.grid.decoded(grouped(values, self.scheme), s, z).reshape(values.shape)
+        return self.grid.decoded(grouped(values, self.scheme), *self._stored(rows)).reshape(values.shape)
 
     @torch.no_grad()
     def quantized(self, matrix: Tensor, rows: Tensor | None = None) -> QuantizedWeight:
         """The codes that `forward` of the same arguments decodes."""
+        scale, zeros = (None if x is None else x[..., 0] for x in self._stored(rows))
+        assert scale is not None
+        parameters = Parameters(scale.to(self.grid.stored), None if zeros is None else zeros.to(torch.int16))
+        return QuantizedWeight.of(self.scheme.element.encode(self.values(matrix, rows)), parameters, self.scheme)
+
+    def _stored(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """scale and zero point [rows, groups, 1], as they are stored."""
         scale, offset = self._scaled(rows)
-        s = self.grid.scale(scale)
-        z = self.grid.zeros(s, offset)
-        zeros = None if z is None else z[..., 0].to(torch.int16)
-        codes = self.scheme.element.encode(self.values(matrix, rows))
-        return QuantizedWeight.of(codes, Parameters(s[..., 0].to(self.scheme.scale.torch_dtype), zeros), self.scheme)
+        stored = self.grid.scale(scale)
+        return stored, self.grid.zeros(stored, offset)
