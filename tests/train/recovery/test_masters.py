@@ -12,7 +12,7 @@ from torch import Tensor
 from pennyweight.models.base import Site
 from pennyweight.schemes import QuantizedWeight, Scheme, parse_scheme
 from pennyweight.schemes.parameters import Parameters
-from pennyweight.train.masters import Master, TrainedSite, vector_master
+from pennyweight.train.recovery.masters import Master, TrainedSite, vector_master
 
 SHAPE = (6, 32)
 # Everything that is trained, in one scheme or another; float32 where it is stored as a float, so nothing is rounded.

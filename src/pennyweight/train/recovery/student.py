@@ -16,8 +16,8 @@ from pennyweight.models.stream import Stream
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.schemes import QuantizedWeight
 from pennyweight.schemes.parameters import Parameters
-from pennyweight.train.masters import Master, TrainedSite, vector_master
-from pennyweight.train.teacher import Teacher
+from pennyweight.train.recovery.masters import Master, TrainedSite, vector_master
+from pennyweight.train.recovery.teacher import Teacher
 
 Slopes = dict[str, Tensor]
 _STORED = (torch.float16, torch.bfloat16, torch.float32)

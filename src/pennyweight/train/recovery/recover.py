@@ -16,8 +16,8 @@ from pennyweight.models import text
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.schemes import QuantizedWeight
 from pennyweight.solvers.learned.descent import drawn_batches
-from pennyweight.train.student import Slopes, Student
-from pennyweight.train.teacher import Teacher, teaching
+from pennyweight.train.recovery.student import Slopes, Student
+from pennyweight.train.recovery.teacher import Teacher, teaching
 
 # Of Adam (Kingma, Ba, arXiv:1412.6980): its second moments forget faster than usual, a run has few steps.
 _BETAS = (0.9, 0.99)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.pipeline.losses import distance
-from pennyweight.train.loss import divergence, top_classes
+from pennyweight.train.recovery.loss import divergence, top_classes
 
 # float32 sums over a vocabulary, in another order.
 CLOSE = 1e-5

@@ -17,9 +17,9 @@ from pennyweight.evaluate.verify import verify
 from pennyweight.pipeline.job import Job
 from pennyweight.pipeline.journal import Journal
 from pennyweight.pipeline.output import Output
-from pennyweight.train import finish
-from pennyweight.train.finish import Recovery
-from pennyweight.train.recover import Settings
+from pennyweight.train.recovery import finish
+from pennyweight.train.recovery.finish import Recovery
+from pennyweight.train.recovery.recover import Settings
 from tests.pipeline import tiny
 
 SETTINGS = Settings(epochs=2, batch=1, rate=5e-3, held_out=3, checks=2, tokens=32)
@@ -112,7 +112,7 @@ def _kill(patch: pytest.MonkeyPatch, moment: str) -> None:
 
     match moment:
         case "while it trains":
-            patch.setattr("pennyweight.train.student.Student.slopes", killed)
+            patch.setattr("pennyweight.train.recovery.student.Student.slopes", killed)
         case "before the new values are whole":
             patch.setattr(finish.os, "replace", killed)
         case "while they are written":

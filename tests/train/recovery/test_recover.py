@@ -10,9 +10,9 @@ import transformers
 
 from pennyweight.core.errors import DataError
 from pennyweight.models.streamed import StreamedModel
-from pennyweight.train.recover import Recovered, Settings, Step, recover
+from pennyweight.train.recovery.recover import Recovered, Settings, Step, recover
 from tests.pipeline import tiny
-from tests.train.conftest import Case, case
+from tests.train.recovery.conftest import Case, case
 
 SETTINGS = Settings(epochs=4, batch=1, rate=5e-3, held_out=4, checks=4, tokens=32)
 

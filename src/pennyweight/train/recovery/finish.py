@@ -24,7 +24,7 @@ from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.windows import some_windows
 from pennyweight.pipeline.written import WrittenCheckpoint
-from pennyweight.train.recover import Recovered, Settings, Step, recover
+from pennyweight.train.recovery.recover import Recovered, Settings, Step, recover
 
 # New values on their way into the weight files: there whole or not at all.
 _REDO = "recovered.safetensors"

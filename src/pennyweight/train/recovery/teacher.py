@@ -16,7 +16,7 @@ from pennyweight.core.parallel import parallel_map
 from pennyweight.models.base import TensorInfo
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.losses import distance
-from pennyweight.train.loss import divergence, top_classes
+from pennyweight.train.recovery.loss import divergence, top_classes
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models import text
-from pennyweight.train.student import Student
-from pennyweight.train.teacher import teaching
+from pennyweight.train.recovery.student import Student
+from pennyweight.train.recovery.teacher import teaching
 from tests.pipeline import tiny
-from tests.train.conftest import Case, case
+from tests.train.recovery.conftest import Case, case
 
 # float32 sums in another order, through two blocks.
 CLOSE = dict(rtol=2e-3, atol=1e-6)
