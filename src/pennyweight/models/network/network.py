@@ -121,6 +121,10 @@ class Network:
         given = Inputs.of(batch)
         return Inputs(given.args[: len(self.example.args)], given.kwargs)
 
+    def in_order(self, inputs: Inputs) -> tuple[Any, ...]:
+        """`inputs` as the graph's placeholders take them."""
+        return (*inputs.args, *(inputs.kwargs[name] for name in self.argument_names[len(inputs.args) :]))
+
     def __call__(self, batch: Any) -> Any:
         given = self.inputs(batch)
         return self.graph(*given.args, **given.kwargs)
