@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,8 +16,8 @@ from tests.pipeline.network.nets import BETWEEN, SIZE, STEPS, Net
 
 # Relative to the largest output, in float64: rounding alone.
 SAME = 1e-12
-# Scales may still change by 1e-3 where they are accepted.
-NEAR = 3e-3
+# Scales may still change by 1e-3 where they are accepted; a matrix around which alone a shortcut goes is slower.
+NEAR, SLOW = 3e-3, 3e-2
 
 IMAGES = torch.randn(3, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -47,7 +47,8 @@ def ranges(network: Network, channels: Channels) -> tuple[dict[int, float], dict
     return made, read
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+# A network takes a second to capture: a failing one is not made smaller.
+@settings(max_examples=12, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(
     parts=st.lists(st.tuples(st.sampled_from(BETWEEN), st.sampled_from(STEPS)), min_size=1, max_size=4),
     head=st.sampled_from(["flatten", "mean"]),
@@ -66,8 +67,7 @@ def test_channels_are_equalized_through_every_function_that_lets_scales_through(
     assert_same(network, changed)
     assert set(report.sites) == {"stem", "steps.0.conv", "steps.1.conv", "linear"}
     made, read = ranges(changed, channels_of(changed))
-    shuffled = 12
-    assert report.channels == shuffled == len(made.keys() & read.keys() - {0})
+    assert report.channels == 12 == len(made.keys() & read.keys() - {0})
     for number in made.keys() & read.keys() - {0}:
         assert made[number] == pytest.approx(read[number], rel=NEAR)
 
@@ -77,9 +77,11 @@ def test_channels_are_equalized_through_every_function_that_lets_scales_through(
     [
         ("depthwise", 12), ("grouped", 12), ("transposed", 12), ("transposed_groups", 12),
         # The stream's channels are one set, whoever adds to it; the branch has its own.
-        ("residual", 12), ("around", 8), ("two", 12), ("cat", 12), ("shortcut", 5),
-        # The gate itself must keep its size, and so must what it reads.
-        ("gate", 8),
+        ("residual", 12), ("around", 8), ("two", 12), ("cat", 12),
+        # Three of the stream's channels become others' of the sum; one goes out, one comes in.
+        ("shortcut", 9),
+        # What makes the gate keeps its rows, and reads scaled columns.
+        ("gate", 12),
     ],
 )  # fmt: skip
 def test_channels_of_every_kind_of_site_are_equalized(step: str, expected: int) -> None:
@@ -90,4 +92,4 @@ def test_channels_of_every_kind_of_site_are_equalized(step: str, expected: int) 
     made, read = ranges(changed, channels_of(changed))
     for number in made.keys() & read.keys() - {0}:
         if made[number] and read[number]:
-            assert made[number] == pytest.approx(read[number], rel=NEAR)
+            assert made[number] == pytest.approx(read[number], rel=SLOW if step in ("around", "shortcut") else NEAR)

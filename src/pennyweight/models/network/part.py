@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from pennyweight.models.network.network import Inputs, Network, NetworkSite
 
@@ -101,6 +102,12 @@ def with_weight_of(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     )
 
 
+def leaves_of(network: Network, inputs: Inputs) -> list[Any]:
+    """What the placeholders of the graph take, in order."""
+    given = pytree.tree_leaves((inputs.args, [inputs.kwargs[name] for name in network.example.kwargs]))
+    return list(given)
+
+
 class Recorder(fx.Interpreter):
     """Runs a whole network and keeps the values of some of its nodes."""
 
@@ -119,5 +126,5 @@ class Recorder(fx.Interpreter):
         """The values `wanted`, of a run on `inputs` without gradients."""
         recorder = Recorder(network, wanted)
         with torch.no_grad():
-            recorder.run(*network.in_order(inputs))
+            recorder.run(*leaves_of(network, inputs), enable_io_processing=False)
         return recorder._found

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from pennyweight.models.network.lift import bound_arguments
 from pennyweight.models.network.network import Inputs, Network, NetworkSite
+from pennyweight.models.network.part import leaves_of
 from pennyweight.pipeline.network.names import FIXED, ZERO, Names
 
 _MOVES = frozenset(
@@ -107,11 +109,11 @@ def _small(example: Inputs) -> Inputs:
     def cut(value: Any) -> Any:
         return value[:_BATCH] if isinstance(value, Tensor) and value.dim() else value
 
-    return Inputs(tuple(map(cut, example.args)), {name: cut(value) for name, value in example.kwargs.items()})
+    return Inputs(*pytree.tree_map(cut, (example.args, dict(example.kwargs))))
 
 
 def _fixed_like(value: Any) -> Any:
-    return torch.utils._pytree.tree_map(
+    return pytree.tree_map(
         lambda part: torch.full((), FIXED).expand(part.shape) if isinstance(part, Tensor) else part, value
     )
 
@@ -140,7 +142,7 @@ class _Walk(fx.Interpreter):
     def found(self, inputs: Inputs) -> Channels:
         """What a run on `inputs` shows."""
         with torch.no_grad():
-            self.run(*self._network.in_order(inputs))
+            self.run(*leaves_of(self._network, inputs), enable_io_processing=False)
         sites = [(name, each) for name, each in self._seen.items()]
         tensors, count = self._names.numbered([names for _, each in sites for names in (each.rows, each.columns)])
         numbered = {
@@ -158,7 +160,7 @@ class _Walk(fx.Interpreter):
         if isinstance(self._module(node), nn.Dropout | nn.Identity):
             name = "dropout"
         given = [self._held[one] for one in node.all_input_nodes]
-        if not any(isinstance(part, Tensor) for part in torch.utils._pytree.tree_leaves(given)):
+        if not any(isinstance(part, Tensor) for part in pytree.tree_leaves(given)):
             return _fixed_like(value)
         if name in _MOVES:
             return self._moved(node)
@@ -179,7 +181,7 @@ class _Walk(fx.Interpreter):
         return self._network.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _stopped(self, node: fx.Node, value: Any, why: str) -> Any:
-        for names in torch.utils._pytree.tree_leaves([self._held[one] for one in node.all_input_nodes]):
+        for names in pytree.tree_leaves([self._held[one] for one in node.all_input_nodes]):
             if isinstance(names, Tensor):
                 self._names.fix(names, why)
         return _fixed_like(value)
