@@ -184,6 +184,10 @@ class Network:
         names = [name for name in self.example.kwargs if name in given.kwargs]
         return Inputs(given.args, {name: given.kwargs[name] for name in names})
 
+    def in_order(self, inputs: Inputs) -> tuple[Any, ...]:
+        """`inputs` as the graph's placeholders take them."""
+        return (*inputs.args, *(inputs.kwargs[name] for name in self.argument_names[len(inputs.args) :]))
+
     def __call__(self, batch: Any) -> Any:
         given = self.inputs(batch)
         return self.graph(*given.args, **given.kwargs)
