@@ -6,7 +6,7 @@ So the weights of a site can be chosen when what it reads is known, and before a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,23 @@ class Walk:
         if name in self.at:
             self.at[name] = values if self._shelf is None else self._shelf.put(values)
 
+    def again(self, names: Sequence[str], given: Mapping[str, Any], batch: int) -> dict[str, Any]:
+        """The nodes `names`, in order, computed once more in one batch with `given` values in place of those that they
+        had; what else they read is there."""
+        values = dict(given)
+
+        def of_node(node: fx.Node) -> Any:
+            if node.name in values:
+                return values[node.name]
+            return constant(self.network.graph, node) if node.op == "get_attr" else self.at[node.name][batch]
+
+        with torch.no_grad():
+            for name in names:
+                node = self.nodes[name]
+                args, kwargs = fx.map_arg((node.args, node.kwargs), of_node)
+                values[name] = self._called(node)(*args, **kwargs)
+        return values
+
     def hold(self, name: str) -> None:
         """Keep the value `name` until it is released once more than its readers do."""
         self._readers[name] += 1
@@ -93,15 +110,13 @@ class Walk:
     def _computed(self, node: fx.Node, batch: int) -> Any:
         if node.op == "placeholder":
             return self._arguments[batch][node.name]
-        if node.op == "get_attr":
-            return None
-        if node.op == "output":
+        if node.op in ("get_attr", "output"):
             return None
         args, kwargs = self.value(node.args, batch), self.value(node.kwargs, batch)
-        target: Any = node.target
-        if node.op == "call_module":
-            target = self.network.graph.get_submodule(str(node.target))
-        return target(*args, **kwargs)
+        return self._called(node)(*args, **kwargs)
+
+    def _called(self, node: fx.Node) -> Any:
+        return self.network.graph.get_submodule(str(node.target)) if node.op == "call_module" else node.target
 
 
 def constant(graph: fx.GraphModule, node: fx.Node) -> Any:
