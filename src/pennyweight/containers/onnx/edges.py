@@ -26,19 +26,20 @@ class Edge:
 def edges_of(network: Network, *, sites: Collection[str], is_dynamic: bool = False) -> tuple[Edge, ...]:
     """The values that are rounded when the sites `sites` are quantized, in the order of the graph.
 
-    What enters a convolution or a linear map of `sites` is rounded, and what leaves such a convolution: ONNX Runtime has
-    no kernel for it that gives floats. Between these an addition, a product, a concatenation, an average, a sigmoid or a
-    leaky ReLU computes with integers where all that it reads can be had as integers and its result is needed as such. A
-    clamp behind one of them (ReLU, ReLU6) belongs to it: the value between is not rounded. All else stays in float, and
-    so does what a linear map gives to it or to the caller. With `is_dynamic` only what enters linear maps is rounded.
+    What enters a convolution or a linear map of `sites` is rounded, and what leaves such a convolution: ONNX Runtime
+    has no kernel for it that gives floats. Between these an addition, a product, a concatenation, an average, a sigmoid
+    or a leaky ReLU computes with integers where all that it reads can be had as integers and its result is needed as
+    such. A clamp behind one of them (ReLU, ReLU6) belongs to it: the value between is not rounded. All else stays in
+    float, and so does what a linear map gives to it or to the caller. With `is_dynamic` only what enters linear maps is
+    rounded.
     """
     nodes = list(network.graph.graph.nodes)
     makers = _Makers(network, sites)
     rounded = {
-        _before_identities(x) for node in nodes if makers.reads_integers(node, is_dynamic) for x in _inputs(node)
+        before_identities(x) for node in nodes if makers.reads_integers(node, is_dynamic) for x in _inputs(node)
     }
     if not is_dynamic:
-        rounded |= {_end(node) for node in nodes if node.name in makers.convolutions}
+        rounded |= {end_of(node) for node in nodes if node.name in makers.convolutions}
         while more := _needed(nodes, makers, rounded) - rounded:
             rounded |= more
     sources: dict[fx.Node, fx.Node] = {}
@@ -64,14 +65,14 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     return [x for x in node.all_input_nodes if is_real(x)]
 
 
-def _before_identities(node: fx.Node) -> fx.Node:
+def before_identities(node: fx.Node) -> fx.Node:
     """The value that `node` is another name for."""
     while is_identity(node) and (source := moved(node)) is not None:
         node = source
     return node
 
 
-def _end(node: fx.Node) -> fx.Node:
+def end_of(node: fx.Node) -> fx.Node:
     """The last of the clamps that alone read `node`, or `node` itself."""
     end = here = node
     while len(here.users) == 1:
@@ -83,8 +84,8 @@ def _end(node: fx.Node) -> fx.Node:
     return end
 
 
-def _begin(node: fx.Node) -> fx.Node:
-    """The inverse of `_end`."""
+def begin_of(node: fx.Node) -> fx.Node:
+    """The inverse of `end_of`."""
     begin = here = node
     while (before := clamp_of(here) or (moved(here) if is_identity(here) else None)) and len(before.users) == 1:
         begin = here = before
@@ -97,10 +98,10 @@ def _needed(nodes: list[fx.Node], makers: _Makers, rounded: set[fx.Node]) -> set
     found: set[fx.Node] = set()
     for value in rounded:
         end = _before_moves(value)
-        maker = _begin(end)
+        maker = begin_of(end)
         operands = integer_operands(maker)
         if all(can[x] for x in operands) if operands else maker.name in makers.linears:
-            found |= {end, *(_before_identities(x) for x in operands)}
+            found |= {end, *(before_identities(x) for x in operands)}
     return found
 
 

@@ -75,7 +75,7 @@ def integer_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     Convolutions and linear maps are left out: their weights decide.
     """
     name, arguments = name_of(node), node.args
-    if name in _WITH_KERNEL or _is_global_average(node, name):
+    if name in _WITH_KERNEL or is_global_average(node):
         operands: tuple[Any, ...] = arguments[:1]
     elif name in ("add", "mul"):
         operands = () if node.kwargs.get("alpha", 1) != 1 else arguments[:2]
@@ -87,15 +87,16 @@ def integer_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     return operands if is_tensors else ()
 
 
-def _is_global_average(node: fx.Node, name: str) -> bool:
+def is_global_average(node: fx.Node) -> bool:
     """The mean over all axes behind the channels, in one of its forms."""
-    if name.startswith("adaptive_avg_pool"):
-        return set(_list(node.args[1])) == {1}
-    value = getattr(node.args[0], "meta", {}).get("val") if name == "mean" and node.args else None
-    axes = bound_arguments(node).get("dim") if value is not None else None
-    if value is None or not axes or value.ndim < 3:
+    name = name_of(node)
+    value = getattr(node.args[0], "meta", {}).get("val") if node.args else None
+    if value is None or value.ndim < 3:
         return False
-    return {axis % value.ndim for axis in _list(axes)} == set(range(2, value.ndim))
+    if name.startswith("adaptive_avg_pool"):
+        return set(_list(node.args[1])) == {1} and name == f"adaptive_avg_pool{value.ndim - 2}d"
+    axes = bound_arguments(node).get("dim") if name == "mean" else None
+    return bool(axes) and {axis % value.ndim for axis in _list(axes)} == set(range(2, value.ndim))
 
 
 def is_real(node: fx.Node) -> bool:
