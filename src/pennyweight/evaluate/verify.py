@@ -17,6 +17,8 @@ Extent = Literal["full", "blocks", "none"]
 _TIMEOUT_S = 6 * 3600
 # A model card is there to be edited.
 _MAY_CHANGE = {"README.md"}
+# Of a network that was quantized from memory.
+_NETWORK_FILE = "model.onnx"
 
 
 def verify(artefact: Path, *, extent: Extent = "full", trust_remote_code: bool = False) -> dict[str, Any]:
@@ -24,14 +26,15 @@ def verify(artefact: Path, *, extent: Extent = "full", trust_remote_code: bool =
 
     First the files must be the ones that pennyweight.json lists, where there is one. "full" loads the whole model and
     compares logits: in transformers no key may be missing or unexpected, and the difference must be 0 in float32, and
-    at most one unit in the last place of the largest logit in a narrower type; for llama.cpp see verify_gguf. "blocks",
-    also taken where the decoded model does not fit in memory, compares every weight with the runtime's own decoder; the
-    result then says `verified: partial`. Raises VerificationError with the runtime's own message, ModelError where
-    there is no model.
+    at most one unit in the last place of the largest logit in a narrower type; for llama.cpp see verify_gguf; a network
+    as ONNX must give for the inputs that lie beside it the outputs that do, up to rounding. "blocks", also taken where
+    the decoded model does not fit in memory, compares every weight with the runtime's own decoder; the result then says
+    `verified: partial`. Raises VerificationError with the runtime's own message, ModelError where there is no model.
     """
     if extent == "none":
         return {"verified": "none"}
-    if not any(artefact.glob("*.gguf")):
+    is_network = (artefact / _NETWORK_FILE).is_file()
+    if not is_network and not any(artefact.glob("*.gguf")):
         read_config_json(artefact)
     problems = _changed_files(artefact)
     found: dict[str, Any] = {} if problems else _in_fresh_process(artefact, extent, trust_remote_code=trust_remote_code)
@@ -60,6 +63,7 @@ def _changed_files(artefact: Path) -> list[str]:
 
 def _in_fresh_process(artefact: Path, extent: Extent, *, trust_remote_code: bool) -> dict[str, Any]:
     worker = "verify_gguf" if any(artefact.glob("*.gguf")) else "verify_worker"
+    worker = "network.check" if (artefact / _NETWORK_FILE).is_file() else worker
     command = [sys.executable, "-m", f"pennyweight.evaluate.{worker}", str(artefact.absolute()), extent]
     command += ["--trust-remote-code"] if trust_remote_code else []
     # However this process found the package, the fresh one must find the same.
