@@ -9,9 +9,15 @@ import onnx
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from pennyweight.evaluate.onnx.integer.agreement import Agreement, compare_layers
+
 OPSET, IR_VERSION = 21, 10
 Array = np.ndarray[Any, Any]
-_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.int8): TensorProto.INT8}
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int8): TensorProto.INT8,
+}
 
 
 class Graph:
@@ -65,7 +71,7 @@ class Graph:
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
 
 
-UNITS = st.floats(1e-3, 1.0, width=32)
+UNITS = st.floats(1e-3, 1.0)
 SMALL = st.integers(1, 15)
 DTYPES = st.sampled_from([np.uint8, np.int8])
 
@@ -74,7 +80,10 @@ DTYPES = st.sampled_from([np.uint8, np.int8])
 def scales(draw: Any, count: int) -> list[np.float32]:
     """Scales in ratios of small numbers, in units that float32 rounds: sums fall on ties, or just beside them."""
     unit = np.float32(draw(UNITS))
-    return [np.float32(unit * np.float32(draw(SMALL)) * np.float32(draw(st.sampled_from([0.5, 1, 2])))) for _ in range(count)]
+    return [
+        np.float32(unit * np.float32(draw(SMALL)) * np.float32(draw(st.sampled_from([0.5, 1, 2]))))
+        for _ in range(count)
+    ]
 
 
 def zeros(dtype: Any) -> st.SearchStrategy[Any]:
@@ -85,3 +94,12 @@ def zeros(dtype: Any) -> st.SearchStrategy[Any]:
 def random_codes(seed: int, shape: Any, dtype: Any) -> Array:
     info = np.iinfo(dtype)
     return np.random.default_rng(seed).integers(info.min, info.max + 1, shape).astype(dtype)
+
+
+def assert_equal(model: Any, inputs: dict[str, Array]) -> Agreement:
+    """Every tensor is ONNX Runtime's, bit for bit, and none was computed by ONNX Runtime."""
+    agreement = compare_layers(model, inputs)
+    assert [layer.node for layer in agreement.not_simulated] == []
+    assert [(layer.op, layer.alone) for layer in agreement.layers if layer.alone.mismatches] == []
+    assert agreement.mismatches == 0
+    return agreement

@@ -20,6 +20,9 @@ import numpy as np
 from pennyweight.evaluate.onnx.integer.base import Array, Inputs, Kernel, Node, given, number, zero_point
 from pennyweight.evaluate.onnx.integer.rounding import Floats, fused_multiply_add, saturate, to_int32
 
+# Codes, scale, zero point.
+_Operand = tuple[Array, np.float32, int]
+
 
 def _add(node: Node, inputs: Inputs) -> tuple[Array, ...]:
     a, b, zero_c = given(inputs, 0), given(inputs, 3), given(inputs, 7)
@@ -27,23 +30,24 @@ def _add(node: Node, inputs: Inputs) -> tuple[Array, ...]:
     second = (b, number(inputs, 4), zero_point(inputs, 5))
     if is_exchanged(a.shape, b.shape):
         first, second = second, first
-    total = _sum(*first, *second, number(inputs, 6), int(zero_c.reshape(())))
+    total = _sum(first, second, number(inputs, 6), int(zero_c.reshape(())))
     return (saturate(to_int32(total), dtype=zero_c.dtype),)
 
 
-def _sum(
-    a: Array, scale_a: np.float32, zero_a: int, b: Array, scale_b: np.float32, zero_b: int, scale_c: np.float32, zero_c: int
-) -> Floats:
+def _sum(a: _Operand, b: _Operand, scale_c: np.float32, zero_c: int) -> Floats:
+    (codes_a, scale_a, zero_a), (codes_b, scale_b, zero_b) = a, b
     ratio_a, ratio_b = scale_a / scale_c, scale_b / scale_c
     shift = fused_multiply_add(ratio_a, np.float32(zero_a), ratio_b * np.float32(zero_b))
     fixed = np.float32(zero_c) - shift
-    return fused_multiply_add(a.astype(np.float32), ratio_a, fused_multiply_add(b.astype(np.float32), ratio_b, fixed))
+    inner = fused_multiply_add(codes_b.astype(np.float32), ratio_b, fixed)
+    return fused_multiply_add(codes_a.astype(np.float32), ratio_a, inner)
 
 
 def is_exchanged(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether the runtime walks along `b` with one element of `a`: by the innermost axis of which either has more than 1.
+    """Whether the runtime walks along `b` with one element of `a`.
 
-    Only the axes that both have are looked at; if all are 1, the outermost of them counts.
+    The innermost axis on which either has more than 1 decides; only the axes that both have are looked at, and if all
+    of them are 1, the outermost of them counts.
     """
     if not a or not b:
         return not a

@@ -1,7 +1,8 @@
 """Pools over codes: averages in two kinds of arithmetic, and maxima, which only compare.
 
-    global average:  code = round(clamp(float32(sum of (x - zero_x)) * m)) + zero_y,  m = scale_x / (scale_y * float32(size))
-    average:         y = (sum over the window, in float32, row by row, of scale_x * (x - zero_x)) / float32(count)
+    global average:  code = round(clamp(float32(sum of (x - zero_x)) * m)) + zero_y
+                     m    = scale_x / (scale_y * float32(size))
+    average:         y    = (sum over the window, in float32, row by row, of scale_x * (x - zero_x)) / float32(count)
                      code = saturate(round(y / scale_y + zero_y))
 
 The count has the padding in it only if the node says so. A window that is the whole image, without padding, takes the
@@ -13,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from pennyweight.evaluate.onnx.integer.base import Array, Inputs, Kernel, Node, given, number, zero_point
-from pennyweight.evaluate.onnx.integer.rounding import dequantize, requantize, saturate, to_int32
+from pennyweight.evaluate.onnx.integer.rounding import Floats, dequantize, requantize, saturate, to_int32
 from pennyweight.evaluate.onnx.integer.spatial import Windows
 
 
@@ -49,11 +50,11 @@ def _average(node: Node, inputs: Inputs) -> tuple[Array, ...]:
         return (_back(_mean(x, inputs), is_last=is_last),)
     floats = dequantize(x, number(inputs, 1), zero_point(inputs, 2))
     means = _in_order(windows.view(floats, 0.0), len(windows.kernel)) / _counts(node, windows, x)
-    value = means / number(inputs, 3) + np.float32(zero_point(inputs, 4))
+    value: Floats = means / number(inputs, 3) + np.float32(zero_point(inputs, 4))
     return (_back(saturate(to_int32(value), dtype=x.dtype), is_last=is_last),)
 
 
-def _in_order(seen: Array, rank: int) -> Array:
+def _in_order(seen: Floats, rank: int) -> Floats:
     """The sum over the last `rank` axes in float32, one addition after the other in row order."""
     flat = seen.reshape(*seen.shape[: seen.ndim - rank], -1)
     total = np.zeros(flat.shape[:-1], np.float32)
@@ -62,10 +63,10 @@ def _in_order(seen: Array, rank: int) -> Array:
     return total
 
 
-def _counts(node: Node, windows: Windows, x: Array) -> Array:
+def _counts(node: Node, windows: Windows, x: Array) -> Floats:
     """How many elements each window's sum is divided by: float32, broadcast against [n, c, *outputs]."""
     if node.flag("count_include_pad"):
-        return np.float32(np.prod(windows.kernel))
+        return np.array(np.prod(windows.kernel), np.float32)
     ones = windows.view(np.ones((1, 1, *x.shape[2:]), np.float32), 0.0)
     return np.asarray(ones.sum(tuple(range(x.ndim, ones.ndim)), dtype=np.float32), np.float32)
 

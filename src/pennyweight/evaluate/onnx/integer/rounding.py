@@ -6,16 +6,21 @@ Source: the behaviour of MLAS (MlasQuantizeLinear, MlasRequantizeOutput), confir
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pennyweight.evaluate.onnx.integer.base import Array
 
 Floats = NDArray[np.float32]
+# A scale or a zero point: one for all, or an array that is broadcast.
+Number = Array | np.float32
+Zero = Array | np.int32 | int
 Sums = NDArray[np.int32]
 
 
-def quantize(x: Array, scale: Array | np.float32, zero: Array | int, *, dtype: np.dtype[np.generic]) -> Array:
+def quantize(x: Array, scale: Number, zero: Zero, *, dtype: np.dtype[Any]) -> Array:
     """code = round(clamp(x / scale, lowest - zero, highest - zero)) + zero; NaN becomes the lowest code.
 
     `scale` and `zero` are broadcast against `x`. Clamping to integers before rounding equals clamping after it.
@@ -24,13 +29,13 @@ def quantize(x: Array, scale: Array | np.float32, zero: Array | int, *, dtype: n
         return _to_codes(x.astype(np.float32) / scale, zero, dtype=dtype)
 
 
-def dequantize(codes: Array, scale: Array | np.float32, zero: Array | int) -> Floats:
+def dequantize(codes: Array, scale: Number, zero: Zero) -> Floats:
     """x = float32(code - zero) * scale, the difference in int32."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray((codes.astype(np.int32) - np.asarray(zero, np.int32)).astype(np.float32) * scale, np.float32)
 
 
-def requantize(sums: Sums, multiplier: Array | np.float32, zero: int, *, dtype: np.dtype[np.generic]) -> Array:
+def requantize(sums: Sums, multiplier: Number, zero: int, *, dtype: np.dtype[Any]) -> Array:
     """code = round(clamp(float32(sum) * multiplier, lowest - zero, highest - zero)) + zero.
 
     The int32 sum is rounded to float32 first: beyond 2^24 it loses its last bits, and ties may appear or vanish there.
@@ -39,20 +44,20 @@ def requantize(sums: Sums, multiplier: Array | np.float32, zero: int, *, dtype: 
         return _to_codes(sums.astype(np.float32) * multiplier, zero, dtype=dtype)
 
 
-def _to_codes(x: Array, zero: Array | int, *, dtype: np.dtype[np.generic]) -> Array:
-    limits = integer_limits(dtype)
-    low, high = np.float32(limits[0]) - np.asarray(zero, np.float32), np.float32(limits[1]) - np.asarray(zero, np.float32)
+def _to_codes(x: Array, zero: Zero, *, dtype: np.dtype[Any]) -> Array:
+    low, high = (np.float32(limit) - np.asarray(zero, np.float32) for limit in integer_limits(dtype))
     # The processor's maximum returns its second operand where the first is NaN.
     clamped = np.minimum(np.where(np.isnan(x), low, np.maximum(x, low)), high)
-    return (np.rint(clamped).astype(np.int32) + np.asarray(zero, np.int32)).astype(dtype)
+    codes: Array = np.rint(clamped).astype(np.int32) + np.asarray(zero, np.int32)
+    return codes.astype(dtype)
 
 
-def integer_limits(dtype: np.dtype[np.generic]) -> tuple[int, int]:
+def integer_limits(dtype: np.dtype[Any]) -> tuple[int, int]:
     info = np.iinfo(dtype)
     return info.min, info.max
 
 
-def saturate(values: Sums, *, dtype: np.dtype[np.generic]) -> Array:
+def saturate(values: Sums, *, dtype: np.dtype[Any]) -> Array:
     return np.clip(values, *integer_limits(dtype)).astype(dtype)
 
 
@@ -62,7 +67,7 @@ def to_int32(x: Floats) -> Sums:
     return np.asarray(np.where(fits, np.rint(np.where(fits, x, np.float32(0))), -(2**31)), np.int64).astype(np.int32)
 
 
-def fused_multiply_add(a: Array | np.float32, b: Array | np.float32, c: Array | np.float32) -> Floats:
+def fused_multiply_add(a: Number, b: Number, c: Number) -> Floats:
     """a * b + c in float32 with one rounding, for finite operands.
 
     In float64 the product is exact. The sum is rounded to odd there (where it is inexact, the last bit is set), which

@@ -39,7 +39,8 @@ def _rows(x: Array, inputs: Inputs) -> Array:
         total = total + e[..., position]
     steps = np.floor(np.float32(1) / number(inputs, 3))
     whole = np.rint(e.astype(np.float64) * steps / total[..., None]) + zero_point(inputs, 4)
-    return np.clip(whole, *integer_limits(x.dtype)).astype(x.dtype)
+    codes: Array = np.clip(whole, *integer_limits(x.dtype))
+    return codes.astype(x.dtype)
 
 
 def table(scale: np.float32, length: int) -> Floats:

@@ -32,7 +32,8 @@ def logistic(x: Floats) -> Floats:
     x = np.clip(x, np.float32(-18), np.float32(18))
     square = x * x
     numerator = x * _horner(_P, square)
-    return np.maximum(numerator / _horner(_Q, square) + np.float32(0.5), np.float32(0))
+    value: Floats = numerator / _horner(_Q, square) + np.float32(0.5)
+    return np.maximum(value, np.float32(0))
 
 
 def _horner(coefficients: tuple[float, ...], x: Floats) -> Floats:
