@@ -4,7 +4,7 @@
 
 ptq               quantize_module on the calibration inputs, effort normal
 ptq-unequalized   the same without cross-layer equalization
-qat               train.fit on the training pictures and their labels, the float network teaching
+qat               train.fit with its defaults on the training pictures and their labels
 nearest           no method at all: per-channel scales from the largest weight, rounding to nearest; no file
 """
 
@@ -16,17 +16,22 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.vision.schemes import NetworkScheme
-from benchmarks.vision.problem import MODEL_FILE, OUTPUTS_FILE, Problem, Run, of_onnx, of_torch
+from benchmarks.vision.problem import BATCH, MODEL_FILE, OUTPUTS_FILE, Problem, Run, of_onnx, of_torch
 from benchmarks.vision.training import Pictures
 
+if TYPE_CHECKING:
+    from pennyweight.evaluate.network.saved import QuantizedModule
+
 _PACKAGES = ("torch", "onnx", "onnxruntime")
+# Numbers of the inputs that the simulation of integers is compared on: it keeps every value of the network twice.
+_COMPARED = 1_000_000
 # Sites are convolutions and linears of a vision network.
 _SITES = (nn.Conv2d, nn.Linear)
 
@@ -50,9 +55,10 @@ class _Batches:
 
 
 def _scheme_name(scheme: NetworkScheme) -> str:
-    """As Pennyweight writes it."""
-    activations = f"a{scheme.activations}" if scheme.activations else ""
-    return f"w{scheme.weights}{activations}-{scheme.sharing}"
+    """As Pennyweight writes it: w4a8-channel, and int4-channel for weights alone."""
+    if scheme.activations is None:
+        return f"int{scheme.weights}-{scheme.sharing}"
+    return f"w{scheme.weights}a{scheme.activations}-{scheme.sharing}"
 
 
 def _calibrated(problem: Problem, out: Path, scheme: NetworkScheme, **options: Any) -> Made:
@@ -66,7 +72,21 @@ def _calibrated(problem: Problem, out: Path, scheme: NetworkScheme, **options: A
         effort="normal",
         **options,
     )
-    return Made(of_onnx(out / MODEL_FILE), result.record)
+    return _written(result)
+
+
+def _written(result: QuantizedModule) -> Made:
+    """The file that was written, and what of its record the tables show."""
+    record = result.record
+    said = {
+        "warnings": record.warnings,
+        "notes": record.notes,
+        "kept": dict(record.kept),
+        "fallbacks": {name: list(notes) for name, notes in record.fallbacks.items()},
+        "sizes": dict(record.sizes),
+    }
+    assert result.out is not None
+    return Made(of_onnx(result.out / MODEL_FILE), said)
 
 
 def _unequalized(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
@@ -76,8 +96,9 @@ def _unequalized(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
 def _trained(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
     import pennyweight as pw
 
-    result = pw.train.fit(problem.network(), _scheme_name(scheme), Pictures.of(problem), out=out)
-    return Made(of_onnx(out / MODEL_FILE), result.record)
+    batches = _Batches(problem)
+    quantized = pw.train.fit(problem.network(), _scheme_name(scheme), Pictures.of(problem), calibration=batches)
+    return _written(pw.save_module(quantized, out, calibration=batches))
 
 
 def _nearest(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
@@ -127,7 +148,29 @@ def quantize(arguments: argparse.Namespace, clock: common.Clock) -> dict[str, An
         made = METHODS[arguments.method](problem, arguments.out, arguments.scheme)
     with clock.phase("judge"):
         np.save(arguments.out / OUTPUTS_FILE, problem.outputs(made.run))
-    return {"record": made.record}
+    record, file = made.record, arguments.out / MODEL_FILE
+    if file.exists() and arguments.scheme.activations is not None:
+        with clock.phase("compare with integers"):
+            record |= {"integers": mismatches(problem, file)}
+    return {"record": record}
+
+
+def mismatches(problem: Problem, file: Path) -> dict[str, Any]:
+    """Output values of ONNX Runtime and of our simulation of its integers on the first judged inputs: how many there
+    are, how many differ, and the first layer that does."""
+    from pennyweight.evaluate.onnx.integer.agreement import compare_layers
+
+    numbers = sum(values[0].size for values in problem.arrays("judged").values())
+    found = compare_layers(file, next(problem.batches("judged", size=min(BATCH, max(1, _COMPARED // numbers)))))
+    first = found.first
+    return {
+        "outputs": found.elements,
+        "mismatches": found.mismatches,
+        "layers": len(found.layers),
+        "layers_that_differ": sum(layer.alone.mismatches > 0 for layer in found.layers),
+        "first": None if first is None else f"{first.node} ({first.op})",
+        "not_simulated": sorted({layer.op for layer in found.not_simulated}),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -114,7 +114,7 @@ def findings(rows: Rows) -> list[Finding]:
     """Every target of a network that was measured, and of every slower file whether its record says so."""
     subjects = {contestant.subject for contestant in rows}
     found = [_finding(target, rows) for target in _TARGETS if target.subject in subjects]
-    return [*found, *_warned(rows)]
+    return [*found, *_exact(rows), *_warned(rows)]
 
 
 def _finding(target: _Target, rows: Rows) -> Finding:
@@ -125,6 +125,16 @@ def _finding(target: _Target, rows: Rows) -> Finding:
         return Finding(claim, asked, f"not measured: {missing}", None)
     # Shares of pictures are whole numbers: what is equal is not to miss by a rounding of float64.
     return Finding(claim, asked, f"{gain:+.2f}", round(gain, 6) >= target.least)
+
+
+def _exact(rows: Rows) -> Iterator[Finding]:
+    """Of the networks whose activations are static: outputs of ONNX Runtime beside those of our simulation of it."""
+    for contestant, row in rows.items():
+        counted = row.record.get("integers")
+        if counted is not None:
+            got = f"{counted['mismatches']:,} of {counted['outputs']:,}, {counted['layers_that_differ']} of "
+            got += f"{counted['layers']} layers"
+            yield Finding(f"{contestant}", "no output that differs from our integers", got, not counted["mismatches"])
 
 
 def _warned(rows: Rows) -> Iterator[Finding]:
