@@ -14,6 +14,7 @@ from pennyweight.pipeline.network.walk import Walk
 from pennyweight.schemes.activation import ActivationParameters, ActivationScheme
 from pennyweight.stats.histogram import Histogram
 from pennyweight.stats.ranges.base import RangeChooser
+import torch
 from pennyweight.stats.ranges.candidates import candidates
 from pennyweight.stats.ranges.rounding_error import rounding_error
 

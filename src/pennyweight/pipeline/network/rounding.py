@@ -62,6 +62,7 @@ class Asked:
     codes: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     activations: Mapping[str, ActivationParameters] = field(default_factory=dict)
     has_bias: bool = True
+    is_centred: bool = True
     seed: int = 0
 
 
@@ -164,7 +165,7 @@ class _Work:
 
     def _wanted(self, site: NetworkSite | None) -> Wanted:
         has_cross = "cross" in self.asked.solver.solver.needs
-        return Wanted(has_cross, site is not None and self._is_corrected(site), self.asked.seed)
+        return Wanted(has_cross, site is not None and self.asked.is_centred and self._is_corrected(site), self.asked.seed)
 
     def _is_corrected(self, site: NetworkSite) -> bool:
         """Whether its bias is its own, and may be changed."""
