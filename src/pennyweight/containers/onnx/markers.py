@@ -16,7 +16,6 @@ from pennyweight.containers.onnx.operations import (
     clamp_of,
     integer_operands,
     is_global_average,
-    is_identity,
     moved,
     name_of,
 )
