@@ -29,7 +29,7 @@ DOMAIN = "pennyweight"
 
 def _marker(kind: str, inputs: tuple[Tensor, ...], shape: Any, **attributes: str | int) -> Tensor:
     floats = next(x.dtype for x in inputs if x.is_floating_point())
-    made: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", inputs, attributes, dtype=floats, shape=shape)
+    made: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", inputs, {**attributes}, dtype=floats, shape=shape)
     return made
 
 
