@@ -39,8 +39,9 @@ class Dialect:
 
     @property
     def has_int2(self) -> bool:
-        """OpenVINO reads no tensors of INT2."""
-        return self.runtime == "onnxruntime"
+        """OpenVINO reads no tensors of INT2. ONNX Runtime casts them rightly, but transposes them wrongly and makes
+        products of them that it cannot run: nothing else is done with them."""
+        return self.decodes_by_arithmetic
 
     @property
     def folds(self) -> bool:
