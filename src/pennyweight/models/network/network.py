@@ -181,7 +181,8 @@ class Network:
             own = len(self.example.args)
             batch = batch[:own] if own or not batch else batch[0]
         given = Inputs.of(batch)
-        return Inputs(given.args, {name: part for name, part in given.kwargs.items() if name in self.example.kwargs})
+        names = [name for name in self.example.kwargs if name in given.kwargs]
+        return Inputs(given.args, {name: given.kwargs[name] for name in names})
 
     def in_order(self, inputs: Inputs) -> tuple[Any, ...]:
         """`inputs` as the graph's placeholders take them."""
