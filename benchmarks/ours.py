@@ -42,7 +42,7 @@ def main() -> None:
     from pennyweight.core.memory import settle_imports
     from pennyweight.pipeline.options import Options
     from pennyweight.pipeline.run import quantize
-    from pennyweight.train.finish import Recovery
+    from pennyweight.train.recovery.finish import Recovery
 
     arguments: dict[str, Any] = vars(parse_arguments())
     model, out = arguments.pop("model"), arguments.pop("out")

@@ -22,7 +22,7 @@ from pennyweight.evaluate.verify import verify
 from pennyweight.models.gguf.stored import Stored
 from pennyweight.pipeline.records import BlockDone, RunReport
 from pennyweight.plan.budget import Budget
-from pennyweight.train.finish import Recovery
+from pennyweight.train.recovery.finish import Recovery
 from tests.evaluate.gguf_models import FAMILIES, NEAREST, OPTIONS, family
 from tests.pipeline import tiny
 

@@ -16,8 +16,8 @@ from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.evaluate.verify import verify
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.records import BlockDone
-from pennyweight.train.finish import Recovery
-from pennyweight.train.recover import Settings
+from pennyweight.train.recovery.finish import Recovery
+from pennyweight.train.recovery.recover import Settings
 from tests.pipeline import tiny
 from tests.pipeline.tiny import OPTIONS
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pennyweight.pipeline.records import BlockDone, RunReport, SiteRecord, Tell
-    from pennyweight.train.recover import Step
+    from pennyweight.train.recovery.recover import Step
 
 
 _Out = Annotated[str, typer.Option(help="Directory to write; must be new or empty.")]

@@ -11,6 +11,7 @@ PennyweightError
 ├── DataError (ValueError)           calibration or evaluation text that cannot be used
 ├── ContainerError (ValueError)      a plan that the container cannot hold
 ├── SpaceError (OSError)             not enough room on the disk
+├── TrainingError (ArithmeticError)  a loss that is not finite
 ├── VerificationError (RuntimeError) the runtime and our own decoding disagree
 └── MissingExtraError (ImportError)  an optional dependency that is not installed
 """
@@ -73,6 +74,10 @@ class ContainerError(PennyweightError, ValueError):
 
 
 class SpaceError(PennyweightError, OSError):
+    pass
+
+
+class TrainingError(PennyweightError, ArithmeticError):
     pass
 
 

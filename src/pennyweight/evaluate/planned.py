@@ -26,7 +26,7 @@ from pennyweight.pipeline.run import quantize
 from pennyweight.plan.frontier import Point
 from pennyweight.plan.plan import Plan
 from pennyweight.plan.plan_file import PlanEntries
-from pennyweight.train.finish import Recovery
+from pennyweight.train.recovery.finish import Recovery
 
 TellTrial = Callable[[Trial], None]
 

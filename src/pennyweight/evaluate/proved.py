@@ -21,8 +21,8 @@ from pennyweight.pipeline.run import quantize as run
 from pennyweight.plan.budget import parse_budget
 from pennyweight.plan.plan_file import given_plan
 from pennyweight.schemes.fit import Fit
-from pennyweight.train.finish import Recovery
-from pennyweight.train.recover import Step
+from pennyweight.train.recovery.finish import Recovery
+from pennyweight.train.recovery.recover import Step
 
 
 def quantize(

@@ -3,81 +3,109 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from pennyweight.core.errors import ModelError
-from pennyweight.models.network.functional import without_mutation
+from pennyweight.core.errors import ModelError, WeightError
+from pennyweight.models.network.axes import Axes, attempts, varying
+from pennyweight.models.network.functional import put_dropouts_back, without_mutation, writes_into_parts
 from pennyweight.models.network.lift import lift
 from pennyweight.models.network.network import Inputs, Network
-from pennyweight.models.network.sites import find_sites
+from pennyweight.models.network.quiet import in_eval, quiet, where
+from pennyweight.models.network.sites import find_refused, find_sites
 
 _REMEDY = (
-    "What depends on the values of tensors (if, while, .item(), .tolist()) has no place in a fixed graph: compute it "
-    "with torch.where or torch.cond, or quantize the parts between."
+    "What depends on the values of tensors (if, while, .item(), .tolist(), numpy) has no place in a fixed graph: "
+    "compute it with torch.where or torch.cond, outside of the network, or quantize the parts between."
 )
-# Tokens have a second axis that varies, pictures do not.
-_TOKEN_AXES = 2
 
 
 def capture(net: nn.Module, example: Any, *, dynamic: Any = None) -> Network:
     """The graph of `net`, in eval mode, as it runs on `example` (a tensor, a tuple of them, or a mapping by argument).
 
-    The first axis of every input may vary afterwards, and the second of integer inputs (tokens); `dynamic` says it
-    otherwise, as torch.export's dynamic_shapes. The network has tensors of its own: `net` is not changed. Raises
-    ModelError where the graph cannot be written down.
+    The first axis of every input may vary afterwards, and the second of integer inputs (tokens), where the network
+    allows it; `dynamic` says it otherwise, as torch.export's dynamic_shapes. The network has tensors of its own: `net`
+    is not changed. What exists in train mode alone, such as dropout inside attention, is not part of it.
+
+    Raises DataError for an example that is none, WeightError for weights that are not finite, and ModelError, with the
+    line of the network's code, where the graph cannot be written down or does not give what `net` gives.
     """
-    if isinstance(net, fx.GraphModule) and any(node.op == "call_module" for node in net.graph.nodes):
-        net = copy.deepcopy(net)
+    # torch.compile wraps the module that it was given.
+    net = getattr(net, "_orig_mod", net)
     inputs = Inputs.of(example)
-    shapes = _axes(inputs) if dynamic is None else dynamic
-    with _in_eval(net), warnings.catch_warnings():
-        # Of torch about tensors that modules (LSTM) keep in lists.
-        warnings.simplefilter("ignore")
+    _check_weights(net)
+    with in_eval(net), quiet():
+        exported = _exported(net, inputs, dynamic)
+        graph = _functional(exported, net)
+        lift(graph, net)
+        graph.eval()
+        _check_result(net, graph, inputs)
+    axes = varying(exported, net, inputs) if dynamic is None else dynamic
+    return Network(graph, find_sites(graph), inputs, axes, find_refused(graph))
+
+
+def _exported(net: nn.Module, inputs: Inputs, dynamic: Any) -> torch.export.ExportedProgram:
+    """The first of the ways to let axes vary that the network allows."""
+    ways = [Axes(inputs, dynamic)] if dynamic is not None else attempts(net, inputs)
+    for way in ways:
+        given = way.inputs
         try:
-            exported = torch.export.export(net, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes)
+            return torch.export.export(net, given.args, dict(given.kwargs), dynamic_shapes=way.shapes)
         except Exception as error:
-            raise ModelError(f"{type(net).__name__} cannot be captured: {_first_lines(error)}\n{_REMEDY}") from error
-        graph = copy.deepcopy(exported.module(check_guards=False))
+            if way is ways[-1]:
+                message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise ModelError(
+                    f"{type(net).__name__} cannot be captured: {message}{where(error)}\n{_REMEDY}"
+                ) from error
+    raise AssertionError("there is always a way to try")
+
+
+def _functional(exported: torch.export.ExportedProgram, net: nn.Module) -> fx.GraphModule:
+    """The graph without operations that write into their arguments."""
+    graph = copy.deepcopy(exported.module(check_guards=False))
     assert isinstance(graph, fx.GraphModule)
+    if writes_into_parts(graph):
+        # torch's own rewriting knows all views, but makes more of the graph's operations than needs be.
+        graph = copy.deepcopy(exported.run_decompositions({}).module(check_guards=False))
+        assert isinstance(graph, fx.GraphModule)
+        put_dropouts_back(graph, net)
     without_mutation(graph)
-    lift(graph)
-    graph.eval()
-    return Network(graph, find_sites(graph), inputs, shapes)
+    return graph
 
 
-def _axes(inputs: Inputs) -> Any:
-    """dynamic_shapes for torch.export: axes that may vary if the network allows it."""
-
-    def of(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return None
-        is_token = not value.is_floating_point() and value.dim() >= _TOKEN_AXES
-        return dict.fromkeys(range(min(value.dim(), _TOKEN_AXES if is_token else 1)), torch.export.Dim.AUTO)
-
-    by_name: Mapping[str, Any] = {name: of(value) for name, value in inputs.kwargs.items()}
-    return tuple(of(value) for value in inputs.args) or by_name
+def _check_weights(net: nn.Module) -> None:
+    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        if tensor.is_meta:
+            raise ModelError(f"{name} is on the device meta: load the network's weights before it is captured")
+        # Masks are buffers with infinities.
+        is_finite = tensor.isfinite() if isinstance(tensor, nn.Parameter) else ~tensor.isnan()
+        if not bool(is_finite.all()):
+            raise WeightError(f"{name} has NaN or infinity: train again or load another checkpoint")
 
 
-@contextmanager
-def _in_eval(net: nn.Module) -> Iterator[None]:
-    """`net` in eval mode; afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def _check_result(net: nn.Module, graph: fx.GraphModule, inputs: Inputs) -> None:
+    """On the example, graph and network give the same, bit for bit."""
+    buffers = {buffer: buffer.clone() for buffer in net.buffers()}
+    results = []
+    for module in (net, graph):
+        given = copy.deepcopy(inputs)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            results.append(pytree.tree_leaves(module(*given.args, **given.kwargs)))
+    for buffer, saved in buffers.items():
+        buffer.copy_(saved)
+    if len(results[0]) != len(results[1]) or not all(map(_is_equal, *results)):
+        raise ModelError(
+            f"{type(net).__name__} gives something else than its graph does: it depends on something outside, or keeps "
+            "state between calls. Let both be inputs and outputs."
+        )
 
 
-def _first_lines(error: Exception) -> str:
-    """What went wrong and where in the user's code, without torch's own advice."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    code = [line.strip() for line in lines if line.lstrip().startswith("File ") and "/torch/" not in line]
-    return "; ".join([lines[0] if lines else type(error).__name__, *code[-1:]])
+def _is_equal(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one == other)
+    same = (one == other) | (one.isnan() & other.isnan())
+    return one.dtype == other.dtype and one.shape == other.shape and bool(same.all())

@@ -21,14 +21,17 @@ def foldable(network: Network) -> dict[str, NetworkSite]:
     }
     found: dict[str, NetworkSite] = {}
     for node, module in module_calls(network.graph):
-        source = node.args[0]
+        source = node.args[0] if node.args else None
         if not isinstance(module, NORMS) or not isinstance(source, fx.Node) or source.name not in makers:
+            continue
+        # Without running statistics it is no line.
+        if module.running_mean is None:
             continue
         site = makers[source.name]
         is_alone = len(source.users) == 1 and len(site.nodes) == 1 and not site.tied and calls[str(node.target)] == 1
-        # Behind a linear map on more than two axes a batch norm takes another one for the channels.
-        is_aligned = site.kind != "linear" or getattr(source.meta.get("val"), "ndim", 2) == 2
-        if is_alone and is_aligned:
+        # The channels of a linear map are its last axis, those of a convolution the first but for the batch.
+        axes = len(site.shape)
+        if is_alone and getattr(source.meta.get("val"), "ndim", axes) == axes:
             found[node.name] = site
     return found
 
@@ -52,7 +55,7 @@ def fold_batch_norms(network: Network) -> Network:
         assert isinstance(source, fx.Node)
         node.replace_all_uses_with(source)
         graph.graph.erase_node(node)
-    graph.delete_all_unused_submodules()
+        graph.delete_submodule(str(node.target))
     graph.graph.lint()
     graph.recompile()
     return folded
@@ -65,7 +68,8 @@ def _fold(site: NetworkSite, maker: nn.Module, scale: Tensor, shift: Tensor) -> 
     with torch.no_grad():
         weight = site.tensor(site.matrix(old.double()) * scale[:, None])
         moved = shift + bias.double() * scale if isinstance(bias, Tensor) else shift
-        maker.weight = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
+        # In place: the tensor may have a second name in the graph.
+        old.copy_(weight)
         maker.bias = nn.Parameter(moved.to(old.dtype), requires_grad=old.requires_grad)
 
 

@@ -8,44 +8,74 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pennyweight.models.network.places import Places
+from pennyweight.models.network.recurrent import follow_mode
+
 aten = torch.ops.aten
 # node and arguments by name -> the module with its tensors, or None to leave the node as it is
 _Lifter = Callable[[fx.Node, Mapping[str, Any]], nn.Module | None]
 
 
-def lift(graph: fx.GraphModule) -> None:
-    """Edit `graph`: convolutions, linear maps, embeddings, batch norms and dropouts are modules with the parameters'
-    own names again.
+def lift(graph: fx.GraphModule, net: nn.Module) -> None:
+    """Edit `graph`, the graph of `net`: convolutions, linear maps, embeddings, batch norms and dropouts are modules
+    under the paths that they had in `net`.
 
-    So they follow train() and eval(), state_dict() has the names that the user's module had, and a rewrite puts another
-    module in their place. An operation whose weight is computed stays a call; so do LSTM and GRU, whose weights stay
-    parameters under their paths.
+    So they follow train() and eval(), state_dict() has the names of `net`, and a rewrite puts another module in their
+    place. An operation whose weight is computed stays a call; so do LSTM and GRU, whose weights stay parameters under
+    their paths. A parameter without a module of its own, such as in_proj_weight of an attention, is found in
+    state_dict() under a second name too, that of the module made for it.
     """
-    taken: dict[str, nn.Module] = {}
+    places = Places(graph, net)
     for node in list(graph.graph.nodes):
         lifter = _LIFTERS.get(node.target) if node.op == "call_function" else None
         if lifter is None:
             continue
         arguments = bound_arguments(node)
         made = lifter(node, arguments)
-        if made is None:
-            continue
-        path = _path(node, arguments, made, taken, graph)
-        if path not in taken:
-            taken[path] = made
-            _put(graph, path, made)
-        with graph.graph.inserting_before(node):
-            call = graph.graph.call_module(path, (arguments[_INPUT.get(node.target, "input")],))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        name = node.name
-        graph.graph.erase_node(node)
-        # Values keep the names that the export gave them.
-        call.name = name
+        if made is not None:
+            path = places.put(made, node, _first_read(arguments))
+            _replace(graph.graph, node, path, arguments)
+    follow_mode(graph)
+    _forget_constants(graph, net)
     graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()
+
+
+def _forget_constants(graph: fx.GraphModule, net: nn.Module) -> None:
+    """Tensors that `net` does not save are not saved."""
+    saved = {*net.state_dict(keep_vars=True), *(name for name, _ in graph.named_parameters())}
+    for path, module in graph.named_modules():
+        for name in module._buffers:
+            is_saved = (f"{path}.{name}" if path else name) in saved
+            is_second = name in ("running_mean", "running_var", "num_batches_tracked")
+            if not is_saved and not is_second:
+                module._non_persistent_buffers_set.add(name)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, path: str, arguments: Mapping[str, Any]) -> None:
+    """Put a call of the module at `path` into the place of `node`, under its name."""
+    source = arguments[_INPUT.get(node.target, "input")]
+    with graph.inserting_before(node):
+        call = graph.call_module(path, (source,))
+    call.meta = dict(node.meta)
+    if node.target in _LISTS:
+        for item in list(node.users):
+            item.replace_all_uses_with(call)
+            graph.erase_node(item)
+        call.meta["val"] = call.meta["val"][0]
+    else:
+        node.replace_all_uses_with(call)
+    name = node.name
+    graph.erase_node(node)
+    # Values keep the names that the export gave them.
+    call.name = name
+
+
+def _first_read(arguments: Mapping[str, Any]) -> fx.Node | None:
+    """The first of the parameters and buffers among the arguments."""
+    wanted = (arguments.get("weight"), arguments.get("running_mean"))
+    return next((node for node in wanted if isinstance(node, fx.Node) and node.op == "get_attr"), None)
 
 
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
@@ -139,41 +169,67 @@ def _embedding(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
         return None
     padding = int(arguments["padding_idx"])
     count, width = weight.shape
-    module = nn.Embedding(count, width, padding_idx=padding if padding >= 0 else None, device="meta")
+    module = nn.Embedding(
+        count, width, padding if padding >= 0 else None, scale_grad_by_freq=arguments["scale_grad_by_freq"],
+        sparse=arguments["sparse"], device="meta",
+    )  # fmt: skip
     module.weight = _parameter(weight)
     return module
 
 
-_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 def _batch_norm(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
-    mean, variance = _tensor(arguments["running_mean"]), _tensor(arguments["running_var"])
+    """Also those without running statistics; not those that take batch statistics although they have others."""
     value = arguments["input"].meta.get("val")
-    if mean is None or variance is None or value is None or value.dim() not in _NORMS:
+    norm = _NORMS.get(value.dim()) if isinstance(value, Tensor) else None
+    weight, bias = _tensor(arguments["weight"]), _tensor(arguments["bias"])
+    mean, variance = _tensor(arguments["running_mean"]), _tensor(arguments["running_var"])
+    read = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance}
+    has_unread = any(tensor is None and arguments[name] is not None for name, tensor in read.items())
+    is_half = (weight is None) != (bias is None) or (mean is None) != (variance is None)
+    if norm is None or has_unread or is_half or arguments.get("training", False) == (mean is not None):
         return None
-    scale, shift = _tensor(arguments["weight"]), _tensor(arguments["bias"])
-    if (scale is None) != (shift is None):
-        return None
-    module = _NORMS[value.dim()](
-        len(mean), eps=arguments["eps"], momentum=arguments["momentum"], affine=scale is not None
-    ).eval()
-    if scale is not None:
-        _filled(module, (scale, shift))
-    module.running_mean, module.running_var = mean, variance
+    module: nn.Module = norm(
+        value.shape[1], eps=arguments["eps"], momentum=arguments["momentum"], affine=weight is not None,
+        track_running_stats=mean is not None,
+    )  # fmt: skip
+    if weight is not None:
+        _filled(module, (weight, bias))
+    if mean is not None:
+        # Buffers: assigned past the types that torch declares for modules.
+        module._buffers |= {"running_mean": mean, "running_var": variance}
     return module
 
 
 def _dropout(node: fx.Node, arguments: Mapping[str, Any]) -> nn.Module | None:
-    return nn.Dropout(float(arguments["p"])).eval()
+    """Not one that is asked to be active in eval mode too."""
+    kind = _DROPOUTS[node.target]
+    if kind is None:
+        value = arguments["input"].meta.get("val")
+        kind = _DROPOUTS_OF_CHANNELS.get(value.dim()) if isinstance(value, Tensor) else None
+    return None if kind is None or arguments["train"] else kind(float(arguments["p"]))
 
 
-_INPUT = {aten.embedding.default: "indices"}
+_DROPOUTS: dict[Any, Any] = {
+    aten.dropout.default: nn.Dropout,
+    aten.feature_dropout.default: None,
+    aten.alpha_dropout.default: nn.AlphaDropout,
+    aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
+}
+_DROPOUTS_OF_CHANNELS: dict[int, Any] = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}
+# These give a list, whose first element is what the module gives.
+_LISTS = (aten._native_batch_norm_legit_no_training.default,)
+
+
+_INPUT: dict[Any, str] = {aten.embedding.default: "indices"}
 _LIFTERS: dict[Any, _Lifter] = {
     aten.linear.default: _linear,
     aten.embedding.default: _embedding,
     aten.batch_norm.default: _batch_norm,
-    aten.dropout.default: _dropout,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    **dict.fromkeys(_DROPOUTS, _dropout),
     **{
         overload: _convolution
         for packet in (aten.conv1d, aten.conv2d, aten.conv3d)
@@ -183,53 +239,3 @@ _LIFTERS: dict[Any, _Lifter] = {
     aten.conv_transpose2d.input: _transposed,
     aten.conv_transpose3d.input: _transposed,
 }
-
-
-def _path(
-    node: fx.Node, arguments: Mapping[str, Any], made: nn.Module, taken: Mapping[str, nn.Module], graph: fx.GraphModule
-) -> str:
-    """Where the module goes: where torch's own module was, else where its weight lies, else by the node."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    inner, kind = stack[-1][:2] if stack else ("", "")
-    wanted = arguments.get("weight") or arguments.get("running_mean")
-    if not str(kind).startswith("torch.nn.modules.") and isinstance(wanted, fx.Node) and wanted.op == "get_attr":
-        path, _, _ = str(wanted.target).rpartition(".")
-    else:
-        path = inner
-    if path in taken and _is_same(taken[path], made):
-        return path
-    # A parameter of the root, or two operations of one module: the node's name tells them apart.
-    if not path or path in taken or _has_more(graph, path, made):
-        path = f"{path}.{node.name}" if path else node.name
-    while path in taken:
-        path += "_"
-    return path
-
-
-def _is_same(one: nn.Module, other: nn.Module) -> bool:
-    """Called again: the same module with the same tensors."""
-    mine, theirs = dict(one.named_parameters()), dict(other.named_parameters())
-    same = all(mine.get(name) is tensor for name, tensor in theirs.items())
-    return same and bool(mine) and str(one) == str(other)
-
-
-def _has_more(graph: fx.GraphModule, path: str, made: nn.Module) -> bool:
-    """Whether the module at `path` has parameters or modules that `made` has not: then `made` is only a part of it."""
-    try:
-        there = graph.get_submodule(path)
-    except AttributeError:
-        return False
-    names = {name for name, _ in [*there.named_parameters(), *there.named_buffers()]} - {"num_batches_tracked"}
-    return not names <= {name for name, _ in [*made.named_parameters(), *made.named_buffers()]}
-
-
-def _put(graph: fx.GraphModule, path: str, module: nn.Module) -> None:
-    parent: nn.Module = graph
-    *above, last = path.split(".")
-    for part in above:
-        if part not in parent._modules:
-            parent.add_module(part, nn.Module())
-        child = parent._modules[part]
-        assert child is not None
-        parent = child
-    parent._modules[last] = module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from pennyweight.core.errors import DataError
 
@@ -60,6 +62,9 @@ class NetworkSite:
         return parts.transpose(1, 2).reshape(self.shape)
 
 
+_ALLOWED = "give a tensor, a tuple of tensors, or a mapping from names of arguments to tensors"
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a network is called with."""
@@ -69,21 +74,54 @@ class Inputs:
 
     @staticmethod
     def of(batch: Any) -> Inputs:
-        """A tensor is the one argument, a tuple or list are the arguments in order, a mapping those by name.
+        """A tensor is the one argument, a tuple or list are the arguments in order, a mapping those by name, whose
+        values may also be None, numbers and texts, and lists or mappings of all these.
 
-        Raises DataError for anything else.
+        Raises DataError for anything else, and for a batch without a tensor.
         """
         if isinstance(batch, Inputs):
             return batch
+        given = Inputs._split(batch)
+        for name, part in [*enumerate(given.args), *given.kwargs.items()]:
+            allowed = (Tensor, int, float, str, type(None)) if given.kwargs else Tensor
+            for leaf in pytree.tree_leaves(part):
+                if not isinstance(leaf, allowed):
+                    raise DataError(f"input {name} of a batch is of type {type(leaf).__name__}: {_ALLOWED}")
+        if not given.tensors:
+            raise DataError(f"a batch without a tensor: {_ALLOWED}")
+        return given
+
+    @staticmethod
+    def _split(batch: Any) -> Inputs:
         if isinstance(batch, Tensor):
             return Inputs((batch,))
-        if isinstance(batch, tuple | list) and all(isinstance(part, Tensor) for part in batch):
+        if isinstance(batch, tuple | list):
             return Inputs(tuple(batch))
         if isinstance(batch, Mapping):
             return Inputs((), dict(batch))
-        raise DataError(
-            f"a batch of type {type(batch).__name__}: give a tensor, a tuple of tensors, or tensors by argument name"
-        )
+        raise DataError(f"a batch of type {type(batch).__name__}: {_ALLOWED}")
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order of the graph's inputs."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class InputValue:
+    """A tensor that a network takes; the size of an axis is None where any will do."""
+
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+
+def known_size(size: Any) -> int | None:
+    """The length of an axis of a traced value; None where it may vary."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.maybe_as_int()
+        return None if known is None else int(known)
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -93,16 +131,21 @@ class Network:
     sites    in the order in which they are first computed with
     example  inputs that it was captured with
     dynamic  which of their axes may vary, as torch.export takes it, or None for none
+    refused  name of a node that computes with a parameter but is no site -> why
     """
 
     graph: fx.GraphModule
     sites: tuple[NetworkSite, ...]
     example: Inputs
     dynamic: Any = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def copied(self) -> Network:
         """The same with tensors and graph of its own."""
-        return replace(self, graph=copy.deepcopy(self.graph))
+        with warnings.catch_warnings():
+            # Of torch about how it copies the structure of inputs.
+            warnings.simplefilter("ignore", FutureWarning)
+            return replace(self, graph=copy.deepcopy(self.graph))
 
     def site(self, name: str) -> NetworkSite:
         return next(site for site in self.sites if site.name == name)
@@ -116,10 +159,34 @@ class Network:
         """Names of the values that come in, in order."""
         return tuple(node.name for node in self.graph.graph.nodes if node.op == "placeholder")
 
+    @property
+    def input_values(self) -> dict[str, InputValue]:
+        """The tensors that come in, by name, in order."""
+        values = {node.name: node.meta.get("val") for node in self.graph.graph.nodes if node.op == "placeholder"}
+        return {
+            name: InputValue(value.dtype, tuple(map(known_size, value.shape)))
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    @property
+    def batch_varies(self) -> bool:
+        """Whether the first axis of every input may have any size; else batches are as large as the example."""
+        return all(size is None for value in self.input_values.values() for size in value.shape[:1])
+
     def inputs(self, batch: Any) -> Inputs:
-        """The part of a batch of a loader that goes in: of a longer tuple, whose rest are labels, the first ones."""
+        """The part of a batch of a loader that goes in: of a longer tuple, whose rest are labels, the first ones; of a
+        mapping, or (mapping, labels), the arguments that the example has."""
+        if isinstance(batch, tuple | list):
+            own = len(self.example.args)
+            batch = batch[:own] if own or not batch else batch[0]
         given = Inputs.of(batch)
-        return Inputs(given.args[: len(self.example.args)], given.kwargs)
+        names = [name for name in self.example.kwargs if name in given.kwargs]
+        return Inputs(given.args, {name: given.kwargs[name] for name in names})
+
+    def in_order(self, inputs: Inputs) -> tuple[Any, ...]:
+        """`inputs` as the graph's placeholders take them."""
+        return (*inputs.args, *(inputs.kwargs[name] for name in self.argument_names[len(inputs.args) :]))
 
     def __call__(self, batch: Any) -> Any:
         given = self.inputs(batch)

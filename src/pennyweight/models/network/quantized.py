@@ -56,7 +56,7 @@ class Rounded(nn.Module):
         self.parameters_ = parameters
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.parameters_.round_trip(x)
+        return self.parameters_.round_trip(x).to(x.dtype)
 
 
 class RoundedDynamically(nn.Module):
@@ -69,7 +69,7 @@ class RoundedDynamically(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
-        return dynamic_parameters(x, self.scheme.element).round_trip(x)
+        return dynamic_parameters(x, self.scheme.element).round_trip(x).to(x.dtype)
 
 
 def dynamic_parameters(x: Tensor, element: Int) -> ActivationParameters:

@@ -1,0 +1,1 @@
+"""Quantization-aware training: a network is trained with its weights and edges rounded, their scales learnt."""

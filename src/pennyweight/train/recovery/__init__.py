@@ -1,0 +1,1 @@
+"""Recovery: what quantization lost is learnt back by distillation from the original, with codes frozen."""

