@@ -45,7 +45,11 @@ def _quiet() -> Iterator[None]:
     """Nothing on stdout or stderr, no warnings, no log records."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
         try:

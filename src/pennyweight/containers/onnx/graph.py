@@ -62,7 +62,9 @@ class Graph:
         proto = onnx.TensorProto(name=name, data_type=onnx.TensorProto.DataType.Value(array.type), raw_data=array.data)
         proto.dims.extend(array.shape)
         tensor = ir.serde.deserialize_tensor(proto)
-        value = ir.Value(name=self._free(name), type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(
+            name=self._free(name), type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+        )
         tensor.name = value.name
         self._graph.register_initializer(value)
         return value

@@ -95,9 +95,7 @@ def _about_speed(written: Mapping[str, Written], dialect: Dialect) -> Iterator[s
 
 def _about_size(written: Mapping[str, Written]) -> Iterator[str]:
     for bits in (4, 8):
-        wider = [
-            name for name, site in written.items() if site.stored.bits == bits and site.stored.element.bits < bits
-        ]
+        wider = [name for name, site in written.items() if site.stored.bits == bits and site.stored.element.bits < bits]
         # 7 bits and fewer of 8 are chosen for their range.
         if wider and bits == 4:
             yield f"{_named(wider)}: stored in 4 bits a weight, since the file has nothing between 2 (or none of 2) and 4"
@@ -105,13 +103,9 @@ def _about_size(written: Mapping[str, Written]) -> Iterator[str]:
             yield f"{_named(wider)}: stored in 8 bits a weight, since the file has nothing between 4 and 8"
 
 
-def _about_the_rest(
-    quantized: QuantizedNetwork, written: Mapping[str, Written], guarded: list[str]
-) -> Iterator[str]:
+def _about_the_rest(quantized: QuantizedNetwork, written: Mapping[str, Written], guarded: list[str]) -> Iterator[str]:
     transposed = [
-        name
-        for name, site in written.items()
-        if site.stored.site.kind == "conv_transpose" and quantized.activations
+        name for name, site in written.items() if site.stored.site.kind == "conv_transpose" and quantized.activations
     ]
     if transposed:
         yield f"{_named(transposed)}: transposed convolutions have no product of integers: computed in float"
