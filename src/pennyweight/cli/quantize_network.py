@@ -38,7 +38,8 @@ def quantize_network(source: str, out: str, asked: Mapping[str, Any]) -> None:
         found.net, scheme=_scheme(asked, has_data=found.batches is not None), calibration=found.batches,
         example=found.example, out=out, runtime=asked["runtime"], evaluate=task, effort=asked["effort"],
         size=asked["size"], bpw=asked["bpw"], max_loss=asked["max_loss"],
-        keep=asked["keep"] or (), at=asked["at"] or (), ranges=asked["ranges"], equalize=asked["equalize"], verify=asked["verify"], seed=asked["seed"],
+        keep=asked["keep"] or (), at=asked["at"] or (), ranges=asked["ranges"],
+        equalize=asked["equalize"], verify=asked["verify"], seed=asked["seed"],
     )  # fmt: skip
     put_json(_summary(out, made.record)) if asked["as_json"] else _print(out, made.record)
 
