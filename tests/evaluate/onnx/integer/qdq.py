@@ -44,10 +44,17 @@ class Graph:
 
     def node(self, op: str, *inputs: Any, name: str = "", domain: str = "", **attributes: Any) -> str:
         """Inputs that are no names become constants."""
-        names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
-        result = self._name(op.lower())
-        self._nodes.append(helper.make_node(op, names, [result], name=name or result, domain=domain, **attributes))
+        (result,) = self.nodes(op, *inputs, name=name, domain=domain, **attributes)
         return result
+
+    def nodes(
+        self, op: str, *inputs: Any, count: int = 1, name: str = "", domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """A node of `count` results."""
+        names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
+        results = [self._name(op.lower()) for _ in range(count)]
+        self._nodes.append(helper.make_node(op, names, results, name=name or results[0], domain=domain, **attributes))
+        return results
 
     def integer(self, op: str, *inputs: Any, **attributes: Any) -> str:
         """A node of the runtime's own domain."""

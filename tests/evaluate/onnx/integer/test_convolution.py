@@ -44,7 +44,7 @@ def convolutions(draw: Any) -> tuple[Any, dict[str, Array]]:
     return graph.model(y), {"x": x}
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(convolutions())
 def test_a_convolution_is_that_of_onnx_runtime(case: tuple[Any, dict[str, Array]]) -> None:
     assert_equal(*case)

@@ -76,3 +76,15 @@ def test_the_order_of_operands_matters_in_the_last_bit() -> None:
         assert_equal(model, pairs(np.uint8))
         codes.append(next(iter(simulate(model, pairs(np.uint8)).values())))
     assert (codes[0] != codes[1]).any()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_more_codes_than_pairs_are_looked_up_with_the_same_result(dtype: Any) -> None:
+    graph = Graph()
+    scale, zero = np.float32(0.1), dtype(3)
+    a, b = (graph.given("a", dtype), scale, zero), (graph.given("b", dtype), np.float32(0.07), zero)
+    results = [graph.integer(op, *a, *b, np.float32(0.06), zero) for op in ("QLinearAdd", "QLinearMul")]
+    model = graph.model(*results)
+    assert_equal(model, {"a": random_codes(1, (5, 3, 100, 100), dtype), "b": random_codes(2, (5, 3, 100, 100), dtype)})
+    assert_equal(model, {"a": random_codes(1, (5, 3, 100, 100), dtype), "b": random_codes(2, (3, 1, 1), dtype)})
+    assert_equal(model, {"a": random_codes(1, (3, 1, 1), dtype), "b": random_codes(2, (5, 3, 100, 100), dtype)})
