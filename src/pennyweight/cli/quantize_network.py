@@ -103,9 +103,7 @@ def _print(out: str, record: NetworkRecord) -> None:
 
 
 def _print_errors(sites: Sequence[SiteReport]) -> None:
-    """The sites that lost most, each against rounding to nearest."""
-    known = [site for site in sites if site.error is not None]
-    worst = sorted(known, key=lambda site: -(site.error or 0))[:_NAMED]
-    for site in worst:
-        beside = f" ({(site.error or 0) / site.error_nearest:.2f} x nearest)" if site.error_nearest else ""
-        print(f"  {site.name}: {100 * (site.error or 0):.2g} % of its output{beside}")
+    """The sites whose outputs changed most, behind all that was rounded before them."""
+    known = {site.name: site.output_error for site in sites if site.output_error is not None}
+    for name, error in sorted(known.items(), key=lambda one: -one[1])[:_NAMED]:
+        print(f"  {name}: error of its output {100 * error:.2g} %")
