@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 from pennyweight.core.errors import ModelError, VerificationError
 from pennyweight.core.hashing import sha256
+from pennyweight.evaluate.network.directory import is_network_artefact
 from pennyweight.models.config_json import read_config_json
 
 Extent = Literal["full", "blocks", "none"]
 _TIMEOUT_S = 6 * 3600
 # A model card is there to be edited.
 _MAY_CHANGE = {"README.md"}
-# Of a network that was quantized from memory.
-_NETWORK_FILE = "model.onnx"
 
 
 def verify(artefact: Path, *, extent: Extent = "full", trust_remote_code: bool = False) -> dict[str, Any]:
@@ -33,8 +32,7 @@ def verify(artefact: Path, *, extent: Extent = "full", trust_remote_code: bool =
     """
     if extent == "none":
         return {"verified": "none"}
-    is_network = (artefact / _NETWORK_FILE).is_file()
-    if not is_network and not any(artefact.glob("*.gguf")):
+    if not is_network_artefact(artefact) and not any(artefact.glob("*.gguf")):
         read_config_json(artefact)
     problems = _changed_files(artefact)
     found: dict[str, Any] = {} if problems else _in_fresh_process(artefact, extent, trust_remote_code=trust_remote_code)
@@ -63,7 +61,7 @@ def _changed_files(artefact: Path) -> list[str]:
 
 def _in_fresh_process(artefact: Path, extent: Extent, *, trust_remote_code: bool) -> dict[str, Any]:
     worker = "verify_gguf" if any(artefact.glob("*.gguf")) else "verify_worker"
-    worker = "network.check" if (artefact / _NETWORK_FILE).is_file() else worker
+    worker = "network.check" if is_network_artefact(artefact) else worker
     command = [sys.executable, "-m", f"pennyweight.evaluate.{worker}", str(artefact.absolute()), extent]
     command += ["--trust-remote-code"] if trust_remote_code else []
     # However this process found the package, the fresh one must find the same.

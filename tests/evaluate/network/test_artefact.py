@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pennyweight as pw
+from pennyweight.cli.main import app
 from pennyweight.core.errors import CheckpointError, ModelError, UsageError, VerificationError
 from pennyweight.evaluate.network import artefact, check
 from pennyweight.evaluate.network.artefact import Writing, write_artefact
 from pennyweight.evaluate.network.directory import appearing, read_check, write_check
+from pennyweight.evaluate.network.inventory import network_inventory
 from pennyweight.evaluate.onnx.latency import Latency
 from pennyweight.models.network.network import Inputs
 from tests.evaluate.network.networks import draft_of, mlp, nearest
@@ -147,3 +150,24 @@ def test_a_slower_file_is_warned_of() -> None:
     shown: dict[str, Any] = record.measured()
     assert shown["warnings"] == [warning]
     assert warning in artefact.network_card(replace(record, sizes={"file_bytes": 1}))
+
+
+def test_what_is_in_it_can_be_listed(directory: Path, tmp_path: Path) -> None:
+    found = network_inventory(directory)
+    assert found.weights == 64 * 96 * 2 + 64 * 10
+    assert found.size_bytes == (directory / "model.onnx").stat().st_size
+    with pytest.raises(ModelError, match="pennyweight.json is missing or damaged"):
+        network_inventory(tmp_path)
+
+
+def test_the_commands_take_the_directory(directory: Path) -> None:
+    runner = CliRunner()
+    words = runner.invoke(app, ["inspect", str(directory)])
+    assert words.exit_code == 0, words.output
+    assert "Sequential for onnxruntime, 12,928 quantized weights" in words.stdout
+    assert "int4-g32-f32" in words.stdout
+    as_json = runner.invoke(app, ["inspect", str(directory), "--json"])
+    assert json.loads(as_json.stdout)["verified"] == "full"
+    verified = runner.invoke(app, ["verify", str(directory)])
+    assert verified.exit_code == 0, verified.output
+    assert "verified: full" in verified.stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pennyweight.models.network.lift import bound_arguments
 
@@ -91,7 +91,7 @@ def is_global_average(node: fx.Node) -> bool:
     """The mean over all axes behind the channels, in one of its forms."""
     name = name_of(node)
     value = getattr(node.args[0], "meta", {}).get("val") if node.args else None
-    if value is None or value.ndim < 3:
+    if not isinstance(value, Tensor) or value.ndim < 3:
         return False
     if name.startswith("adaptive_avg_pool"):
         return set(_list(node.args[1])) == {1} and name == f"adaptive_avg_pool{value.ndim - 2}d"

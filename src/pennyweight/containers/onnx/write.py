@@ -43,7 +43,7 @@ def write_onnx(
     """Write `quantized` as `path`, whole or not at all, for `runtime` to read.
 
     is_portable     operations of the standard alone: for readers that have none of ONNX Runtime's own
-    accuracy_level  of MatMulNBits, for weights alone: 4 rounds its input to 8 bits a block (fast), 0 computes in float32
+    accuracy_level  of MatMulNBits, for weights alone: 4 rounds its input to 8 bits a block (fast), 0 is exact
     external_bytes  from this size on the tensors lie in a file beside, `path` and ".data"
 
     Codes are written as they are; nothing is rounded but biases beside products of integers, to 32 bits. Raises

@@ -20,10 +20,6 @@ from pennyweight.evaluate.onnx.agreement import RuntimeAgreement, agreement
 from pennyweight.evaluate.onnx.runtime import as_arrays
 
 
-def is_network_artefact(path: Path) -> bool:
-    return (path / MODEL).is_file()
-
-
 def checked(directory: Path, runtimes: tuple[Runtime, ...]) -> list[RuntimeAgreement]:
     """Run the file in each of `runtimes` on the inputs that lie beside it and compare with the outputs that do.
 

@@ -8,17 +8,23 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pennyweight.core.errors import UsageError
 from pennyweight.core.files import sync_files, to_json, write_text
 from pennyweight.core.hashing import sha256
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MODEL, CHECK, RECORD, RUN, CARD = "model.onnx", "check.safetensors", "pennyweight.json", "run.json", "README.md"
 _NOT_HASHED = {RECORD, RUN, CARD}
 _INPUT, _OUTPUT = "input.", "output."
+
+
+def is_network_artefact(path: Path) -> bool:
+    """Whether `path` is a directory that a network was written to."""
+    return (path / MODEL).is_file()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def foldable(network: Network) -> dict[str, NetworkSite]:
     }
     found: dict[str, NetworkSite] = {}
     for node, module in module_calls(network.graph):
-        source = node.args[0]
+        source = node.args[0] if node.args else None
         if not isinstance(module, NORMS) or not isinstance(source, fx.Node) or source.name not in makers:
             continue
         # Without running statistics it is no line.

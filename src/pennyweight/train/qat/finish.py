@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pennyweight.models.network import Network, QuantizedNetwork, fold_batch_norms
 from pennyweight.models.network.network import with_weight
@@ -49,8 +49,8 @@ def finish(model: nn.Module, *, calibration: Iterable[Any] | None = None) -> Qua
 def _float(model: fx.GraphModule, preparation: Preparation) -> Network:
     """The network that is rounded, in float: with the trained tensors, batch norms folded as the model folds them."""
     network = preparation.network.copied()
-    trained = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, tensor in [*network.graph.named_parameters(), *network.graph.named_buffers()]:
+    trained, mine = (dict(_tensors(graph)) for graph in (model, network.graph))
+    for name, tensor in mine.items():
         if name in trained:
             tensor.copy_(trained[name])
     network.graph.eval()
@@ -63,3 +63,9 @@ def _float(model: fx.GraphModule, preparation: Preparation) -> Network:
         assert isinstance(holder.bias, nn.Parameter)
         holder.bias.copy_(norms[path].tensors.folded_bias(norms[path].factor, bias))
     return folded
+
+
+def _tensors(graph: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under all of their names."""
+    yield from graph.named_parameters(remove_duplicate=False)
+    yield from graph.named_buffers(remove_duplicate=False)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from pennyweight.models.network.fold import NORMS, Norm
@@ -36,6 +37,7 @@ def rewritten(
         elif site.name in weights:
             work.round(site)
     work.take_lone_norms()
+    work.take_copies()
     paths = {name: f"{name}_rounding" for name in edges}
     nodes = {node.name: node for node in work.graph.nodes}
     for value, source in wanted.sources.items():
@@ -117,6 +119,14 @@ class _Rewriting:
                 call = self.graph.call_module(path, (node.args[0], *self._norm_tensors(node)))
             self._replace(node, call)
 
+    def take_copies(self) -> None:
+        """torch has no gradient for the operation that a graph has in place of an assignment."""
+        for node in list(self.graph.nodes):
+            if node.target is torch.ops.aten.copy.default:
+                with self.graph.inserting_before(node):
+                    call = self.graph.call_function(_copied, node.args[:2])
+                self._replace(node, call)
+
     def _node(self, name: str) -> fx.Node:
         found: fx.Node = next(node for node in self.graph.nodes if node.name == name)
         return found
@@ -148,6 +158,11 @@ class _Rewriting:
         name = node.name
         self.graph.erase_node(node)
         call.name = name
+
+
+def _copied(x: Tensor, source: Tensor) -> Tensor:
+    """What `x` is after source was assigned to all of it."""
+    return source.to(x.dtype).expand(x.shape)
 
 
 class _OfTensor(nn.Module):
