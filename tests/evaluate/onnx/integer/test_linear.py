@@ -90,8 +90,5 @@ def test_multipliers_are_rounded_in_the_runtimes_order(op: str) -> None:
     b, scale_b, zero_b = np.ones((1, 200), np.int8), scales_near_ties(scale_a, scale_y, 200), np.zeros(200, np.int8)
     graph = Graph()
     inputs = [graph.given("a", np.uint8), scale_a, zero, b, scale_b, zero_b]
-    if op == "QGemm":
-        y = graph.integer(op, *inputs, "", scale_y, zero)
-    else:
-        y = graph.node(op, *inputs, scale_y, zero)
+    y = graph.integer(op, *inputs, "", scale_y, zero) if op == "QGemm" else graph.node(op, *inputs, scale_y, zero)
     assert_equal(graph.model(y), {"a": np.arange(256, dtype=np.uint8)[:, None]})
