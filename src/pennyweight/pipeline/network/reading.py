@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,7 @@ _SEEDS = 1_000_003
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be collected: also the cross moment with the float network; about the means; of rows drawn by `seed`."""
+    """What is collected: also the cross moment with the float network; about the means; of rows drawn by `seed`."""
 
     has_cross: bool = False
     is_centred: bool = False
@@ -39,9 +40,7 @@ def moments_of(site: NetworkSite, name: str, rounded: Walk, original: Walk, want
     return collector.finished()
 
 
-def add_rows(
-    collector: Collector, site: NetworkSite, name: str, rounded: Walk, original: Walk, wanted: Wanted
-) -> bool:
+def add_rows(collector: Collector, site: NetworkSite, name: str, rounded: Walk, original: Walk, wanted: Wanted) -> bool:
     """Add what `site` multiplies in the node `name`; False where that is nothing."""
     found = False
     rows = _rows(site, name, rounded, wanted.seed)
@@ -71,7 +70,7 @@ def _rows(site: NetworkSite, name: str, walk: Walk, seed: int) -> Iterator[Tenso
 
 def _recurrent(site: NetworkSite, node: fx.Node, walk: Walk, seed: int) -> Iterator[Tensor]:
     for batch in range(walk.batches):
-        rows = recurrent_rows(node, lambda argument, batch=batch: walk.value(argument, batch)).get(site.parameter)
+        rows = recurrent_rows(node, partial(walk.value, batch=batch)).get(site.parameter)
         if rows is None:
             return
         share = _share(site, rows.shape[0] * walk.batches)
