@@ -73,8 +73,7 @@ def reconstructed(
     tell: Tell = tell_nobody,
     solver: BlockSolver | None = None,
     mix: bool = True,
-    together: int = _TOGETHER,
-    per_step: int = _BATCHES,
+    together: int = _TOGETHER, per_step: int = _BATCHES,
 ) -> ReconstructionResult:
     """Codes with which every block's output is nearer to that of the float `network`."""
     chosen = (solver or Sigmoid()).with_steps(steps, batches=per_step)
@@ -85,18 +84,11 @@ def reconstructed(
         streams = _streams(network, blocks, _cut(network, batches, together), activations)
         for number, block in enumerate(blocks):
             learned = [name for name in block.sites if name in weights]
-            targets = parallel_map(
-                lambda values, block=block: parts.run(block.nodes, values, weights={}), streams.exact
-            )
+            targets = parallel_map(lambda values, block=block: parts.run(block.nodes, values, weights={}), streams.exact)
             if block.target is not None and learned:
-                run = _Running(
-                    network, parts, block, activations, streams, drop if mix else 1.0, drop, seed + 1000003 * number
-                )
+                run = _Running(network, parts, block, activations, streams, drop if mix else 1.0, drop, seed + 1000003 * number)
                 problem = BlockProblem(
-                    {
-                        name: network.site(name).matrix(network.weight(network.site(name)).detach()).float()
-                        for name in learned
-                    },
+                    {name: network.site(name).matrix(network.weight(network.site(name)).detach()).float() for name in learned},
                     {name: now[name] for name in learned},
                     run.forward,
                     [values[block.target] for values in targets],
@@ -109,10 +101,7 @@ def reconstructed(
                 notes += solution.notes
             decoded = {name: network.site(name).tensor(now[name].dequantize()) for name in block.sites if name in now}
             rounded = parallel_map(
-                lambda values, block=block, decoded=decoded: parts.run(
-                    block.nodes, values, weights=decoded, changed=_rounding(activations)
-                ),
-                streams.rounded,
+                lambda values, block=block, decoded=decoded: parts.run(block.nodes, values, weights=decoded, changed=_rounding(activations)), streams.rounded
             )
             streams.advance(block, targets, rounded)
             tell(number + 1, len(blocks))
@@ -122,7 +111,6 @@ def reconstructed(
 def _rounding(activations):
     def changed(name, value):
         return activations[name].round_trip(value) if name in activations else value
-
     return changed
 
 
@@ -146,17 +134,14 @@ def _streams(network, blocks, batches, activations):
     free = frozenset(last) - made
     exact = [Recorder.values(network, inputs, free) for inputs in batches]
     change = _rounding(activations)
-    rounded = [
-        {name: change(name, value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        for values in exact
-    ]
+    rounded = [{name: change(name, value) if isinstance(value, Tensor) else value for name, value in values.items()} for values in exact]
     return _Streams(exact, rounded, last)
 
 
 def _cut(network: Network, batches, together):
     given = [network.inputs(batch) for batch in batches]
     args = [torch.cat([one.args[i] for one in given]) for i in range(len(given[0].args))]
-    return [Inputs(tuple(a[s : s + together] for a in args)) for s in range(0, len(args[0]), together)]
+    return [Inputs(tuple(a[s:s + together] for a in args)) for s in range(0, len(args[0]), together)]
 
 
 class _Running:
@@ -172,20 +157,15 @@ class _Running:
             if name == self.block.target or name not in self.activations:
                 return value
             return dropped(value, self.activations[name], None)
-
-        values = self.parts.run(
-            self.block.nodes, self.streams.rounded[batch], weights=self._shaped(weights), changed=changed
-        )
+        values = self.parts.run(self.block.nodes, self.streams.rounded[batch], weights=self._shaped(weights), changed=changed)
         return values[self.block.target]
 
     def learning(self, weights, batch, step):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 10_007 + batch)
-
         def changed(name, value):
             if name == self.block.target or name not in self.activations:
                 return value
             return dropped(value, self.activations[name], chance(value.shape, self.drop, generator))
-
         given = dict(self.streams.rounded[batch])
         for name in self.block.inputs:
             value = given[name]
