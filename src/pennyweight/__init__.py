@@ -31,7 +31,7 @@ _LAZY = {
     "load": "pennyweight.inference.load",
     "quantize": "pennyweight.evaluate.proved",
     "quantize_module": "pennyweight.evaluate.network.quantize",
-    "save_module": "pennyweight.evaluate.network.quantize",
+    "save_module": "pennyweight.evaluate.network.saved",
     "verify": "pennyweight.evaluate.verify",
 }
 

@@ -1,9 +1,9 @@
 """A network cut into blocks: runs of its operations behind which one value is all that is handed on.
 
-Where everything that depends on weights passes through a single value, there is a cut: a residual block comes out whole,
-for its shortcut passes by everything inside. Values that no weight has touched (an attention mask, a size) do not count.
-A part that is too large to be learned at once (a U-Net, whose early values are read at the end) is cut again where only
-one of the values made in a run is read behind it, or else behind every site.
+Where everything that depends on weights passes through a single value, there is a cut: a residual block comes out
+whole, for its shortcut passes by everything inside. Values that no weight has touched (an attention mask, a size) do
+not count. A part that is too large to be learned at once (a U-Net, whose early values are read at the end) is cut again
+where only one of the values made in a run is read behind it, or else behind every site.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Line:
         place = {node: index for index, node in enumerate(self.nodes)}
         # The last place that reads each value; the network's outputs are read behind the end.
         self.last = [max((place.get(user, len(place)) for user in node.users), default=-1) for node in self.nodes]
-        self.first_use = {}
+        self.first_use: dict[str, int] = {}
         for index, node in enumerate(self.nodes):
             if node.name in self.site_nodes:
                 self.first_use.setdefault(self.site_nodes[node.name], index)
@@ -117,7 +117,7 @@ class _Line:
         inputs = dict.fromkeys(one.name for one in read if one not in inside and one.op != "get_attr")
         alive, sites = self.alive(run), self.sites(run)
         if self.is_whole(run):
-            target = self.nodes[alive[0]].name
+            target: str | None = self.nodes[alive[0]].name
         else:
             # Cut behind a site: its own value.
             last = run.stop - 1

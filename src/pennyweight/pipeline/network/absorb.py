@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pennyweight.models.network.network import Network, NetworkSite
 from pennyweight.models.network.part import Recorder
@@ -29,8 +29,8 @@ class _Pair:
 
 
 def absorbed(network: Network, batches: Sequence[Any]) -> tuple[Network, Mapping[str, int]]:
-    """relu(W1 x + b1) behind which stand W2, b2:  b1 <- b1 - c,  b2 <- b2 + W2 c  with c = max(0, min(mean - 3 deviation,
-    smallest value)) of each channel of W1 x + b1 over `batches`, so that on them nothing is cut off anew.
+    """relu(W1 x + b1) before W2, b2:  b1 <- b1 - c,  b2 <- b2 + W2 c  with c = max(0, min(mean - 3 deviation,
+    smallest)) of each channel of W1 x + b1 over `batches`, so that on them nothing is cut off anew.
 
     A convolution that pads with zeros would miss c at its edges: it is left alone. Returns the network and, by the
     name of the value behind the ReLU, in how many channels c is above 0.

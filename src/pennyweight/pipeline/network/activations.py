@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from pennyweight.containers.onnx import Edge
 from pennyweight.core.registry import find
 from pennyweight.models.network.network import Inputs, Network
 from pennyweight.pipeline.network.consumers import Consumers, consumers_of
+from pennyweight.pipeline.network.options import OUTPUT
+from pennyweight.pipeline.network.samples import some_samples
 from pennyweight.pipeline.network.shelf import Shelf
 from pennyweight.pipeline.network.walk import Walk
 from pennyweight.schemes.activation import ActivationParameters, ActivationScheme
 from pennyweight.stats.histogram import Histogram
 from pennyweight.stats.ranges.base import RangeChooser
 from pennyweight.stats.ranges.candidates import candidates
-from pennyweight.stats.ranges.rounding_error import rounding_error
 
-# The chooser that looks at what consumers make of a value.
-OUTPUT = "output"
-# Samples on which it looks.
+# Samples on which "output" looks at what consumers make of a value.
 _SAMPLES = 64
 
 
@@ -27,10 +28,10 @@ _SAMPLES = 64
 class EdgeRecord:
     """How one edge fared.
 
-    chooser     which chooser's range it is, or "output (MSE)"... in words
+    source      the edge whose range it has
+    chooser     what chose it
     low, high   of all numbers that calibration saw
-    clipped     share of the numbers beyond the range
-    error       mean (x - Q(x))² / mean x²
+    clipped     share of the numbers beyond the range, about
     """
 
     name: str
@@ -39,7 +40,14 @@ class EdgeRecord:
     low: float
     high: float
     clipped: float
-    error: float
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """parameters and records by value"""
+
+    parameters: Mapping[str, ActivationParameters] = field(default_factory=dict)
+    records: Mapping[str, EdgeRecord] = field(default_factory=dict)
 
 
 def histograms(
@@ -65,16 +73,25 @@ def choose_ranges(
     *,
     chooser: str,
     shelf: Shelf | None = None,
-) -> dict[str, ActivationParameters]:
-    """Parameters of all `edges`, by value; `network` computes the numbers that are rounded."""
+) -> Ranges:
+    """Of all `edges`; `network` computes the numbers that are rounded."""
     sources = list(dict.fromkeys(edge.source for edge in edges))
     seen = histograms(network, batches, sources, shelf)
     if chooser == OUTPUT:
-        chosen = _by_output(network, _some(batches), seen, scheme)
+        chosen = _by_output(network, some_samples(network, batches, _SAMPLES), seen, scheme)
     else:
         one: RangeChooser = find("stats.ranges", chooser)
         chosen = {name: one.choose(histogram, scheme) for name, histogram in seen.items()}
-    return {edge.value: chosen[edge.source] for edge in edges}
+    records = {edge.value: _record(edge, chosen[edge.source], seen[edge.source], chooser) for edge in edges}
+    return Ranges({edge.value: chosen[edge.source] for edge in edges}, records)
+
+
+def _record(edge: Edge, chosen: ActivationParameters, seen: Histogram, chooser: str) -> EdgeRecord:
+    # Half a step beyond the last value is still rounded to it.
+    low, high = chosen.low - chosen.scale / 2, chosen.high + chosen.scale / 2
+    start, stop = (bound.to(seen.counts.device) for bound in seen.bounds)
+    beyond = int(seen.counts[(stop <= low) | (start >= high)].sum())
+    return EdgeRecord(edge.value, edge.source, chooser, seen.low, seen.high, beyond / max(1, seen.count))
 
 
 def _by_output(
@@ -107,7 +124,7 @@ def _output_error(walk: Walk, value: str, consumers: Consumers, parameters: Acti
     away = dict.fromkeys(consumers.ends, 0.0)
     total = dict.fromkeys(consumers.ends, 0.0)
     for batch, x in enumerate(walk.at[value]):
-        values = walk.again(consumers.nodes, {value: parameters.round_trip(x)}, batch)
+        values = walk.again(consumers.nodes, {value: parameters.round_trip(x).to(x.dtype)}, batch)
         for end in consumers.ends:
             y = walk.at[end][batch]
             away[end] += float((y - values[end]).square().sum(dtype=torch.float64))

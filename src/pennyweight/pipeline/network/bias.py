@@ -14,8 +14,9 @@ from torch import Tensor, nn
 def mean_shift(original: Sequence[Tensor], rounded: Sequence[Tensor], axis: int) -> Tensor | None:
     """mean(y - ŷ) over everything but the channels, which lie along `axis`; float64 [channels].
 
-    `original` has the outputs y of the float network in each batch, `rounded` ŷ, `axis` below 0. None where adding it does not bring
-    the outputs nearer: the shift that one half of the samples shows must lessen the squared error of the other half.
+    `original` has the outputs y of the float network in each batch, `rounded` ŷ, `axis` below 0. None where adding it
+    does not bring the outputs nearer: the shift that one half of the samples shows must lessen the squared error of the
+    other half.
     """
     sums = [torch.zeros(0), torch.zeros(0)]
     counts, first = [0, 0], 0

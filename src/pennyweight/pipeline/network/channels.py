@@ -225,7 +225,7 @@ class _Walk(fx.Interpreter):
         bounds = clip_of(node)
         return bounds is not None and bounds[0] == 0 and (bounds[1] == torch.inf or node.name in self._unclipped)
 
-    def _pooled(self, node: fx.Node, name: str, names: Tensor, value: Tensor) -> Any:
+    def _pooled(self, node: fx.Node, name: str, names: Tensor, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return self._stopped(node, value, f"{node.name} ({name}) lets no scale through")
         axes = range(-_POOLS[name], 0) if name in _POOLS else bound_arguments(node).get("dim")

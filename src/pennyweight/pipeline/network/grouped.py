@@ -25,8 +25,8 @@ class GroupedRounding:
 
     The same steps as in solvers/rounding.py: targets T = W + correction W (G - H) H⁻¹ where a cross moment G is known;
     feedback, from the column of the greatest importance on; polish. But the scale of a row is chosen by what feedback
-    leaves of it, among multiples of the one that is fitted to the row alone: a row of a depthwise convolution has so few
-    weights that this costs nothing.
+    leaves of it, among multiples of the one that is fitted to the row alone: a row of a depthwise convolution has so
+    few weights that this costs nothing.
     """
 
     damping: float = 0.01
@@ -150,7 +150,7 @@ def _factorized(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Grid:
-    """scales and zeros (0 where there are none) of each weight, float32 [groups, rows, in], columns in solving order."""
+    """scales and zeros (0 where there are none) of each weight, float32 [groups, rows, in], in solving order."""
 
     scheme: Scheme
     scales: Tensor

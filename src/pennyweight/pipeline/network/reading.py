@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,7 @@ _SEEDS = 1_000_003
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be collected: also the cross moment with the float network; about the means; of rows drawn by `seed`."""
+    """What is collected: also the cross moment with the float network; about the means; of rows drawn by `seed`."""
 
     has_cross: bool = False
     is_centred: bool = False
@@ -71,7 +72,7 @@ def _rows(site: NetworkSite, name: str, walk: Walk, seed: int) -> Iterator[Tenso
 
 def _recurrent(site: NetworkSite, node: fx.Node, walk: Walk, seed: int) -> Iterator[Tensor]:
     for batch in range(walk.batches):
-        rows = recurrent_rows(node, lambda argument, batch=batch: walk.value(argument, batch)).get(site.parameter)
+        rows = recurrent_rows(node, partial(walk.value, batch=batch)).get(site.parameter)
         if rows is None:
             return
         share = _share(site, rows.shape[0] * walk.batches)

@@ -63,6 +63,7 @@ class Asked:
     activations: Mapping[str, ActivationParameters] = field(default_factory=dict)
     has_bias: bool = True
     seed: int = 0
+    is_centred: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def round_sites(
 ) -> RoundedSites:
     """Codes for the sites of `network` that have a scheme, and its biases corrected.
 
-    The float network and the one that is being rounded are computed side by side, node after node. Raises WeightError and
-    DataError, which name the site or the value, for numbers that are not finite.
+    The float network and the one that is being rounded are computed side by side, node after node. Raises WeightError
+    and DataError, which name the site or the value, for numbers that are not finite.
     """
     work = _Work(network, batches, asked, shelf)
     names = [name for name, node in work.float.nodes.items() if node.op != "output"]
@@ -126,7 +127,7 @@ class _Work:
         if name in self.asked.activations:
             self._changed.add(name)
             parameters = self.asked.activations[name]
-            self.rounded.put(name, [parameters.round_trip(value) for value in rounded])
+            self.rounded.put(name, [parameters.round_trip(value).to(value.dtype) for value in rounded])
 
     def _solve(self, site: NetworkSite) -> None:
         """Put codes in the place of the weight."""
@@ -164,7 +165,9 @@ class _Work:
 
     def _wanted(self, site: NetworkSite | None) -> Wanted:
         has_cross = "cross" in self.asked.solver.solver.needs
-        return Wanted(has_cross, site is not None and self._is_corrected(site), self.asked.seed)
+        return Wanted(
+            has_cross, site is not None and self.asked.is_centred and self._is_corrected(site), self.asked.seed
+        )
 
     def _is_corrected(self, site: NetworkSite) -> bool:
         """Whether its bias is its own, and may be changed."""
@@ -235,6 +238,6 @@ def check_values(name: str, values: Sequence[Any]) -> None:
     for batch, value in enumerate(values):
         if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
             raise DataError(
-                f"{name}: {int(value.isnan().sum())} of {value.numel()} numbers are NaN in calibration batch {batch}; look "
-                "for what makes them in that batch, or in the network before this value"
+                f"{name}: {int(value.isnan().sum())} of {value.numel()} numbers are NaN in calibration batch {batch}; "
+                "look for what makes them in that batch, or in the network before this value"
             )

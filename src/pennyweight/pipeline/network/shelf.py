@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 
 class Shelf:
-    """Tensors that were put here take at most `memory_bytes` of memory; what comes later lies in files of `place`, which
-    the system reads and writes as it is needed. A tensor that nobody refers to any more makes room again."""
+    """Tensors that were put here take at most `memory_bytes` of memory; what comes later lies in files of `place`,
+    which the system reads and writes as it is needed. A tensor that nobody refers to any more makes room again."""
 
     def __init__(self, memory_bytes: int, place: Path) -> None:
         self.memory_bytes, self._place = memory_bytes, place

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from pennyweight.core.errors import PennyweightError
@@ -24,8 +23,8 @@ _FACTORS = [1 - 0.04 * step for step in range(20)]
 
 @dataclass(frozen=True)
 class SolvedWeight:
-    """error, error_nearest   tr(E H Eᵀ) / tr(W H Wᵀ) of the codes, and of rounding to nearest on the same grid; H is the
-    identity without data"""
+    """error, error_nearest   tr(E H Eᵀ) / tr(W H Wᵀ) of the codes, and of rounding to nearest on the same grid; H is
+    the identity without data"""
 
     weight: QuantizedWeight
     error: float

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from pennyweight.core.errors import DataError
@@ -28,6 +28,7 @@ class Walk:
     def __init__(self, network: Network, batches: Sequence[Inputs], shelf: Shelf | None = None) -> None:
         self.network, self._shelf = network, shelf
         self.nodes = {node.name: node for node in network.graph.graph.nodes}
+        [self._output] = [node for node in self.nodes.values() if node.op == "output"]
         self.at: dict[str, list[Any]] = {}
         self._places = {name: place for place, name in enumerate(self.nodes)}
         self._readers = Counter({name: len(node.users) for name, node in self.nodes.items()})
@@ -67,18 +68,35 @@ class Walk:
         """The nodes `names`, in order, computed once more in one batch with `given` values in place of those that they
         had; what else they read is there."""
         values = dict(given)
-
-        def of_node(node: fx.Node) -> Any:
-            if node.name in values:
-                return values[node.name]
-            return constant(self.network.graph, node) if node.op == "get_attr" else self.at[node.name][batch]
-
         with torch.no_grad():
             for name in names:
-                node = self.nodes[name]
-                args, kwargs = fx.map_arg((node.args, node.kwargs), of_node)
-                values[name] = self._called(node)(*args, **kwargs)
+                values[name] = self._again(self.nodes[name], values, batch)
         return values
+
+    def result(self, rest: Sequence[str], batch: int) -> Any:
+        """What the network gives in one batch, the nodes `rest` computed now; all that they read besides is there."""
+        left = Counter(read.name for name in rest for read in self.nodes[name].all_input_nodes)
+        values: dict[str, Any] = {}
+        with torch.no_grad():
+            for name in rest:
+                node = self.nodes[name]
+                values[name] = self._again(node, values, batch)
+                for read in node.all_input_nodes:
+                    left[read.name] -= 1
+                    if not left[read.name] and read not in self._output.all_input_nodes:
+                        values.pop(read.name, None)
+        return fx.map_arg(self._output.args[0], lambda node: self._value(node, values, batch))
+
+    def _again(self, node: fx.Node, values: Mapping[str, Any], batch: int) -> Any:
+        if node.op in ("placeholder", "get_attr"):
+            return self._computed(node, batch)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: self._value(read, values, batch))
+        return self._called(node)(*args, **kwargs)
+
+    def _value(self, node: fx.Node, values: Mapping[str, Any], batch: int) -> Any:
+        if node.op == "get_attr":
+            return constant(self.network.graph, node)
+        return values[node.name] if node.name in values else self.at[node.name][batch]
 
     def hold(self, name: str) -> None:
         """Keep the value `name` until it is released once more than its readers do."""
@@ -89,19 +107,10 @@ class Walk:
         if self._readers[name] <= 0:
             self.at.pop(name, None)
 
-    def outputs(self) -> list[list[Tensor]]:
-        """The tensors that the network gives, of each batch; asked before the output node is advanced."""
-        [node] = [node for node in self.nodes.values() if node.op == "output"]
-        given = [self.value(node.args[0], batch) for batch in range(self.batches)]
-        return [[leaf for leaf in pytree.tree_leaves(one) if isinstance(leaf, Tensor)] for one in given]
-
     def value(self, arguments: Any, batch: int) -> Any:
         """What arguments of a node that is still to come are in one batch: nodes, or lists of them and others."""
 
-        def of_node(node: fx.Node) -> Any:
-            return constant(self.network.graph, node) if node.op == "get_attr" else self.at[node.name][batch]
-
-        return fx.map_arg(arguments, of_node)
+        return fx.map_arg(arguments, lambda node: self._value(node, {}, batch))
 
     def place(self, name: str) -> int:
         """Which node of the graph `name` is."""
@@ -135,14 +144,11 @@ def arguments_of(network: Network, batches: Sequence[Inputs]) -> list[dict[str, 
     names = network.argument_names
     found = []
     for number, batch in enumerate(batches):
-        missing = [name for name in network.example.kwargs if name not in batch.kwargs]
-        by_name = tuple(batch.kwargs[name] for name in network.example.kwargs if name not in missing)
-        leaves = pytree.tree_leaves((*batch.args, *by_name))
-        if missing or len(leaves) != len(names):
-            given = f"{len(leaves)} inputs" + (f" without {', '.join(missing)}" if missing else "")
+        leaves = pytree.tree_leaves((batch.args, {name: batch.kwargs.get(name) for name in network.example.kwargs}))
+        if len(leaves) != len(names):
             raise DataError(
-                f"calibration batch {number} has {given}; the network was captured with {', '.join(names)}: give batches "
-                "like the example"
+                f"calibration batch {number} has {len(leaves)} inputs; the network was captured with "
+                f"{', '.join(names)}: give batches like the example"
             )
         found.append(dict(zip(names, leaves, strict=True)))
     return found
