@@ -55,7 +55,11 @@ class _Line:
         carried: set[fx.Node] = set()
         for node in network.graph.graph.nodes:
             is_site = node.name in self.site_nodes
-            if node.op != "output" and _is_value(node) and (is_site or any(one in carried for one in node.all_input_nodes)):
+            if (
+                node.op != "output"
+                and _is_value(node)
+                and (is_site or any(one in carried for one in node.all_input_nodes))
+            ):
                 carried.add(node)
                 self.nodes.append(node)
         place = {node: index for index, node in enumerate(self.nodes)}
@@ -133,8 +137,10 @@ class _Line:
 
 def _is_value(node: fx.Node) -> bool:
     """Not a size: those do not depend on what the numbers are."""
-    return node.op not in ("placeholder", "get_attr") and not isinstance(node.meta.get("val"), int) and not (
-        type(node.meta.get("val")).__name__.startswith("Sym")
+    return (
+        node.op not in ("placeholder", "get_attr")
+        and not isinstance(node.meta.get("val"), int)
+        and not (type(node.meta.get("val")).__name__.startswith("Sym"))
     )
 
 

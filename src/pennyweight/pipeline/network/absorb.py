@@ -59,7 +59,9 @@ def _pairs(network: Network) -> Iterator[_Pair]:
         readers = [sites.get(user.name) for user in node.users]
         if maker is None or len(source.users) > 1 or not _can_move(network, maker) or not readers:
             continue
-        found = [site for site in readers if site is not None and _can_move(network, site) and _pads_nothing(network, site)]
+        found = [
+            site for site in readers if site is not None and _can_move(network, site) and _pads_nothing(network, site)
+        ]
         if len(found) == len(readers) and maker not in found:
             yield _Pair(maker, source.name, node.name, tuple(found))
 
@@ -105,7 +107,9 @@ def _move_(network: Network, pair: _Pair, c: Tensor) -> None:
         for site in pair.readers:
             matrix = site.matrix(network.weight(site).detach()).double()
             columns = c.reshape(site.groups, -1).repeat_interleave(matrix.shape[1] // (len(c) // site.groups), 1)
-            _add_to_bias_(network, site, (matrix.reshape(site.groups, -1, matrix.shape[1]) * columns[:, None]).sum(2).flatten())
+            _add_to_bias_(
+                network, site, (matrix.reshape(site.groups, -1, matrix.shape[1]) * columns[:, None]).sum(2).flatten()
+            )
 
 
 def _add_to_bias_(network: Network, site: NetworkSite, added: Tensor) -> None:

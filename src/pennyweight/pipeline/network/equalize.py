@@ -56,9 +56,7 @@ def equalized(network: Network, batches: Sequence[Any] | None = None) -> tuple[N
             _scale_(changed, changed.site(name), between, found.s)
             touched.append(name)
     replaced = _replaced_(changed, unclipped)
-    report = EqualizationReport(
-        tuple(touched), int((found.s != 1).sum()), found.sweeps, channels.fixed, replaced
-    )
+    report = EqualizationReport(tuple(touched), int((found.s != 1).sum()), found.sweeps, channels.fixed, replaced)
     if batches is None:
         return changed, report
     changed, counts = absorbed(changed, batches)

@@ -40,9 +40,7 @@ def moments_of(site: NetworkSite, name: str, rounded: Walk, original: Walk, want
     return collector.finished()
 
 
-def add_rows(
-    collector: Collector, site: NetworkSite, name: str, rounded: Walk, original: Walk, wanted: Wanted
-) -> bool:
+def add_rows(collector: Collector, site: NetworkSite, name: str, rounded: Walk, original: Walk, wanted: Wanted) -> bool:
     """Add what `site` multiplies in the node `name`; False where that is nothing."""
     found = False
     rows = _rows(site, name, rounded, wanted.seed)

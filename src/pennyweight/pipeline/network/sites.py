@@ -57,7 +57,10 @@ class SiteSolver:
         if scheme.is_plain and (inputs <= _SMALL or scheme.rows_share):
             return Solution(GroupedRounding().solve(w, scheme, moments))
         if scheme.rows_share:
-            return replace(Nearest(self.fit).solve(w, scheme, Statistics()), notes=("rounded to nearest: its groups share a scale",))
+            return replace(
+                Nearest(self.fit).solve(w, scheme, Statistics()),
+                notes=("rounded to nearest: its groups share a scale",),
+            )
         rows = w.shape[0] // groups
         parts = [self.solver.solve(w[g * rows : (g + 1) * rows], scheme, moments.of_group(g)) for g in range(groups)]
         notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
@@ -79,9 +82,7 @@ class SiteSolver:
 def _measured(w: Tensor, solution: Solution, moments: Moments | None) -> SolvedWeight:
     weight = solution.weight
     nearest = round_to_nearest(w, weight.scheme, weight.parameters)
-    total, error, of_nearest = (
-        _energy(e, moments) for e in (w, w - weight.dequantize(), w - nearest.dequantize())
-    )
+    total, error, of_nearest = (_energy(e, moments) for e in (w, w - weight.dequantize(), w - nearest.dequantize()))
     if not total:
         return SolvedWeight(weight, 0.0, 0.0, solution.notes)
     return SolvedWeight(weight, error / total, of_nearest / total, solution.notes)
