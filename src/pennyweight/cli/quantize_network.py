@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pennyweight.cli.console import mebibytes, put_json, say, set_jobs
+from pennyweight.cli.console import Bar, mebibytes, put_json, set_jobs
 
 if TYPE_CHECKING:
     from pennyweight.evaluate.network.record import NetworkRecord, SiteReport
@@ -15,8 +15,6 @@ RUNTIMES = ("onnxruntime", "openvino")
 LANGUAGE_OPTIONS = (
     "max_kl", "plan", "rotate", "transform", "solver", "staged", "refine", "recover", "loss_aware", "importance"
 )  # fmt: skip
-# Where calibration data is there, and where it is not.
-_WITH_DATA, _WITHOUT = "w8a8-channel", "int8-channel"
 # Sites with the largest errors that are named; the record has all.
 _NAMED = 5
 
@@ -26,34 +24,35 @@ def quantize_network(source: str, out: str, asked: Mapping[str, Any]) -> None:
 
     Raises UsageError for options that a network has no use for.
     """
-    from pennyweight.evaluate.network import quantize_module
+    from pennyweight.evaluate.network.quantize import quantize_module
     from pennyweight.models.network.source import TextWindows, named_batches, named_network
 
     _refuse_others(asked)
     set_jobs(asked["jobs"])
     text = TextWindows(asked["samples"], asked["length"], asked["seed"])
     found = named_network(source, asked["calibration"], text=text, trust_remote_code=asked["trust_remote_code"])
+    scheme = asked["scheme"] if asked["bits"] is None else f"int{asked['bits']}-channel"
     task = None if asked["task"] is None else named_batches(asked["task"])
     made = quantize_module(
-        found.net, scheme=_scheme(asked, has_data=found.batches is not None), calibration=found.batches,
+        found.net, scheme=scheme, calibration=found.batches,
         example=found.example, out=out, runtime=asked["runtime"], evaluate=task, effort=asked["effort"],
         size=asked["size"], bpw=asked["bpw"], max_loss=asked["max_loss"],
         keep=asked["keep"] or (), at=asked["at"] or (), ranges=asked["ranges"],
-        equalize=asked["equalize"], verify=asked["verify"], seed=asked["seed"],
+        equalize=asked["equalize"], verify=asked["verify"], seed=asked["seed"], tell=_teller(),
     )  # fmt: skip
     put_json(_summary(out, made.record)) if asked["as_json"] else _print(out, made.record)
 
 
-def _scheme(asked: Mapping[str, Any], *, has_data: bool) -> str | None:
-    """What was asked for, or what is taken where nothing was; None where a budget chooses."""
-    if asked["bits"] is not None:
-        return f"int{asked['bits']}-channel"
-    if asked["scheme"] is not None or any(asked[name] is not None for name in ("size", "bpw", "max_loss")):
-        given: str | None = asked["scheme"]
-        return given
-    taken = _WITH_DATA if has_data else _WITHOUT
-    say(f"scheme: {taken}")
-    return taken
+def _teller() -> Callable[[str, int, int], None]:
+    """A bar for each step of the run, on a terminal."""
+    bars: dict[str, Bar] = {}
+
+    def tell(step: str, done: int, total: int) -> None:
+        if step not in bars:
+            bars[step] = Bar(step)
+        bars[step].show(done, total)
+
+    return tell
 
 
 def _refuse_others(asked: Mapping[str, Any]) -> None:
@@ -104,9 +103,7 @@ def _print(out: str, record: NetworkRecord) -> None:
 
 
 def _print_errors(sites: Sequence[SiteReport]) -> None:
-    """The sites that lost most, each against rounding to nearest."""
-    known = [site for site in sites if site.error is not None]
-    worst = sorted(known, key=lambda site: -(site.error or 0))[:_NAMED]
-    for site in worst:
-        beside = f" ({(site.error or 0) / site.error_nearest:.2f} x nearest)" if site.error_nearest else ""
-        print(f"  {site.name}: {100 * (site.error or 0):.2g} % of its output{beside}")
+    """The sites whose outputs changed most, behind all that was rounded before them."""
+    known = {site.name: site.output_error for site in sites if site.output_error is not None}
+    for name, error in sorted(known.items(), key=lambda one: -one[1])[:_NAMED]:
+        print(f"  {name}: error of its output {100 * error:.2g} %")
