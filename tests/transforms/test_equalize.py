@@ -72,10 +72,26 @@ def test_channels_with_several_makers_and_readers_are_as_large_as_the_largest() 
     readers = [random_matrix(4, 6, seed) for seed in range(2, 5)]
     members = [Between(w, numbers(1, 6), fixed(5)[None]) for w in makers]
     members += [Between(w, fixed(4), numbers(1, 6)[None]) for w in readers]
-    s = equalizing_scales(members, 7).s
-    made = torch.stack([m.scaled(s).abs().amax(1) for m in members[:2]]).amax(0)
-    read = torch.stack([m.scaled(s).abs().amax(0) for m in members[2:]]).amax(0)
-    assert torch.allclose(made, read, rtol=1e-12)
+    s = equalizing_scales(members, 7, sweeps=200).s
+
+    def shared(ranges: list[Tensor]) -> Tensor:
+        peaks = torch.stack([one.max() for one in ranges])
+        return torch.stack([one / one.max() for one in ranges]).amax(0) * peaks.prod() ** (1 / len(ranges))
+
+    made = shared([m.scaled(s).abs().amax(1) for m in members[:2]])
+    read = shared([m.scaled(s).abs().amax(0) for m in members[2:]])
+    assert torch.allclose(made, read, rtol=NEAR)
+
+
+def test_a_matrix_that_is_larger_than_those_beside_it_counts_as_much_as_they() -> None:
+    """Of three that make the same channels one is a thousand times as large: what counts is how its rows differ."""
+    makers = [random_matrix(6, 5, seed) for seed in range(3)]
+    reader = Between(random_matrix(4, 6, 3), fixed(4), numbers(1, 6)[None])
+    found = []
+    for factor in (1.0, 1000.0):
+        scaled = [makers[0] * factor, *makers[1:]]
+        found.append(equalizing_scales([*(Between(w, numbers(1, 6), fixed(5)[None]) for w in scaled), reader], 7).s[1:])
+    assert torch.allclose(found[0] / found[0][0], found[1] / found[1][0], rtol=NEAR)
 
 
 @pytest.mark.parametrize("size", [2, 7])

@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from pennyweight.train.qat.oscillation import dampening, follow_codes
     from pennyweight.train.qat.prepare import prepare
 
-__all__ = ["FitOptions", "Objective", "QatOptions", "dampening", "finish", "fit", "follow_codes", "freeze_norms", "parameter_groups", "prepare", "reestimate_norms"]
+__all__ = [
+    "FitOptions",
+    "Objective",
+    "QatOptions",
+    "dampening",
+    "finish",
+    "fit",
+    "follow_codes",
+    "freeze_norms",
+    "parameter_groups",
+    "prepare",
+    "reestimate_norms",
+]
 
 # Public name -> module that defines it.
 _LAZY = {

@@ -34,7 +34,7 @@ class Between:
         return grouped.reshape(self.w.shape) / s[self.rows][:, None]
 
     def ranges(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """r1 and r2: the largest |w| of the rows that make each channel and of the columns that read it, 0 for none."""
+        """The largest |w| of the rows that make each channel and of the columns that read it, 0 for none."""
         size = self.scaled(s).abs()
         groups, inputs = self.columns.shape
         made = torch.zeros_like(s).scatter_reduce(0, self.rows, size.amax(1), "amax")
@@ -55,21 +55,23 @@ class Equalizing:
 def equalizing_scales(
     matrices: Sequence[Between], count: int, *, sweeps: int = SWEEPS, tolerance: float = TOLERANCE
 ) -> Equalizing:
-    """Scales of `count` channels (0 included) with which every channel's ranges are equal: max |W1'[i, :]| over all
-    rows that make it, max |W2'[:, i]| over all columns that read it,
+    """Scales of `count` channels (0 included) with which every channel's ranges are equal,
 
         W1' = S⁻¹ W1,  W2' = W2 S:      s_i <- s_i sqrt(r1_i r2_i) / r2_i
 
-    for the channels that one matrix makes after those of another, until no scale changes by more than `tolerance` or
-    `sweeps` are done. Where a depthwise matrix stands between two, s1 = r1 / (r1 r2 r3)^(1/3) and
-    s2 = (r1 r2 r3)^(1/3) / r3 are where that ends. A channel that is zero on one side keeps the scale 1.
+    r1_i = max |W1'[i, :]| of what makes it, r2_i = max |W2'[:, i]| of what reads it, for the channels that one matrix
+    makes after those of another, until no scale changes by more than `tolerance` or `sweeps` are done. Of several
+    makers (or readers) that have channels in common the largest counts, when each is measured by its own peak. Where a
+    depthwise matrix stands between two, s1 = r1 / (r1 r2 r3)^(1/3) and s2 = (r1 r2 r3)^(1/3) / r3 are where that ends.
+    A channel that is zero on one side keeps the scale 1.
     """
     s = torch.ones(count, dtype=torch.float64)
     sets = _sets(matrices, count)
     for sweep in range(1, sweeps + 1):
         largest = 0.0
         for channels, around, power in sets:
-            made, read = (torch.stack(sides).amax(0) for sides in zip(*(m.ranges(s) for m in around), strict=True))
+            ranges = [[side * channels for side in matrix.ranges(s)] for matrix in around]
+            made, read = (_largest(side) for side in zip(*ranges, strict=True))
             both = channels & (made > 0) & (read > 0)
             factors = torch.where(both, (made / read) ** power, 1.0)
             s = s * factors
@@ -77,6 +79,15 @@ def equalizing_scales(
         if largest <= tolerance:
             return Equalizing(s, sweep)
     return Equalizing(s, sweeps)
+
+
+def _largest(ranges: Sequence[Tensor]) -> Tensor:
+    """The largest of several ranges of each channel, all brought to one peak first, the geometric mean of theirs."""
+    peaks = torch.stack(list(ranges)).amax(1)
+    counted = [one / peak for one, peak in zip(ranges, peaks, strict=True) if peak > 0]
+    if not counted:
+        return ranges[0]
+    return torch.stack(counted).amax(0) * peaks[peaks > 0].log().mean().exp()
 
 
 def _sets(matrices: Sequence[Between], count: int) -> list[tuple[Tensor, list[Between], float]]:

@@ -20,7 +20,7 @@ class Between(nn.Module):
         self.slopes = nn.PReLU(channels) if kind == "prelu" else None
         self.dropout = nn.Dropout(0.3)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: PLR0911
+    def forward(self, x: Tensor) -> Tensor:
         match self.kind:
             case "relu":
                 return torch.relu(x)

@@ -69,7 +69,10 @@ def test_a_rounded_site_is_the_formula_of_its_docstring() -> None:
     torch.testing.assert_close(model.train()(x), copy.deepcopy(norm).train()(y), rtol=1e-4, atol=1e-5)
     bias = norm.bias + (conv.bias - norm.running_mean) * factor
     torch.testing.assert_close(
-        prepare(net, "int3-tensor", example=pictures()).eval()(x), f.conv2d(x, rounded, bias, stride=2), rtol=1e-5, atol=1e-5
+        prepare(net, "int3-tensor", example=pictures()).eval()(x),
+        f.conv2d(x, rounded, bias, stride=2),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -158,5 +161,7 @@ def test_values_keep_the_names_of_the_folded_network() -> None:
     model = prepare(net, "int4-channel", example=pictures())
     from pennyweight.models.network import fold_batch_norms
 
-    folded = {node.name for node in fold_batch_norms(capture(net, pictures())).graph.graph.nodes if node.op != "get_attr"}
+    folded = {
+        node.name for node in fold_batch_norms(capture(net, pictures())).graph.graph.nodes if node.op != "get_attr"
+    }
     assert folded <= {node.name for node in model.graph.nodes}

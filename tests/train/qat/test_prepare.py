@@ -226,7 +226,10 @@ def test_scales_start_as_is_asked(start: Any) -> None:
     model = prepare(nn.Linear(8, 3), "int4-channel", example=torch.randn(2, 8), options=QatOptions(start=start))
     [site] = trained_sites(model)
     mean = site.matrix.detach().abs().mean(1, keepdim=True)
-    wanted = {"lsq": 2 * mean / 7**0.5, "minmax": torch.maximum(site.matrix.amax(1) / 7, -site.matrix.amin(1) / 8)[:, None]}
+    wanted = {
+        "lsq": 2 * mean / 7**0.5,
+        "minmax": torch.maximum(site.matrix.amax(1) / 7, -site.matrix.amin(1) / 8)[:, None],
+    }
     if start in wanted:
         torch.testing.assert_close(site.rounding.step.detach(), wanted[start].detach())
     else:

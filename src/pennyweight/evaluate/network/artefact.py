@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ class Writing:
     original  the float network that latency and size are compared with: batch norms folded
     seconds   that the comparison of latencies may take
     seed      of the sample that goes into the directory
+    started   when the run began, on the clock of time.perf_counter
     """
 
     runtime: Runtime
@@ -45,6 +47,7 @@ class Writing:
     original: Network
     seconds: float = 2.0
     seed: int = 0
+    started: float = field(default_factory=time.perf_counter)
 
 
 def write_artefact(
@@ -69,7 +72,8 @@ def write_artefact(
             feed = arrays_of(quantized.network, quantized.network.example)
             times = latency(Path(scratch) / MODEL, work / MODEL, feed, runtime=writing.runtime, seconds=writing.seconds)
             record = replace(record, verification=(verification,), latency=(times,))
-        record = replace(record, outputs=hashes_of(work))
+        seconds = time.perf_counter() - writing.started
+        record = replace(record, outputs=hashes_of(work), seconds=round(seconds, 3))
         write_texts(work, record=record.lasting(), run=record.measured(), card=network_card(record))
     return record
 

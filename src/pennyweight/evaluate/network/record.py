@@ -61,7 +61,12 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class EdgeReport:
-    """A value that is rounded: its scheme and, where it is static, the range that its codes hold. why: what chose it"""
+    """A value that is rounded.
+
+    scale, zero, low, high  where its range is static: the parameters, and the least and the largest number of its codes
+    why                     what chose the range
+    seen                    the least and the largest number in the calibration data; clipped: share beyond the range
+    """
 
     name: str
     scheme: str
@@ -70,6 +75,8 @@ class EdgeReport:
     low: float | None = None
     high: float | None = None
     why: str | None = None
+    seen: tuple[float, float] | None = None
+    clipped: float | None = None
 
 
 @dataclass(frozen=True)

@@ -88,18 +88,20 @@ class Parts:
 
 def with_weight_of(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """module(x) with `weight` in place of its own, which is not touched: other threads may run it."""
-    bias = module.bias if not isinstance(module, nn.Embedding) else None
-    match module:
-        case nn.Linear():
-            return functional.linear(x, weight, module.bias)
-        case nn.Embedding():
-            return functional.embedding(x, weight, module.padding_idx)
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            return module._conv_forward(x, weight, module.bias)
-    transposed = _TRANSPOSED[type(module)]
-    return transposed(
-        x, weight, bias, module.stride, module.padding, module.output_padding, module.groups, module.dilation
-    )
+    if isinstance(module, nn.Embedding):
+        return functional.embedding(x, weight, module.padding_idx)
+    if isinstance(module, nn.Linear):
+        return functional.linear(x, weight, module.bias)
+    made: Tensor
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        made = module._conv_forward(x, weight, module.bias)
+        return made
+    transposed: Any = module
+    made = _TRANSPOSED[type(module)](
+        x, weight, transposed.bias, transposed.stride, transposed.padding, transposed.output_padding,
+        transposed.groups, transposed.dilation,
+    )  # fmt: skip
+    return made
 
 
 def leaves_of(network: Network, inputs: Inputs) -> list[Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pennyweight.models.network.network import Network, NetworkSite
 from pennyweight.models.network.part import Recorder
@@ -29,8 +29,8 @@ class _Pair:
 
 
 def absorbed(network: Network, batches: Sequence[Any]) -> tuple[Network, Mapping[str, int]]:
-    """relu(W1 x + b1) behind which stand W2, b2:  b1 <- b1 - c,  b2 <- b2 + W2 c  with c = max(0, min(mean - 3 deviation,
-    smallest value)) of each channel of W1 x + b1 over `batches`, so that on them nothing is cut off anew.
+    """relu(W1 x + b1) before W2, b2:  b1 <- b1 - c,  b2 <- b2 + W2 c  with c = max(0, min(mean - 3 deviation,
+    smallest)) of each channel of W1 x + b1 over `batches`, so that on them nothing is cut off anew.
 
     A convolution that pads with zeros would miss c at its edges: it is left alone. Returns the network and, by the
     name of the value behind the ReLU, in how many channels c is above 0.
@@ -59,7 +59,9 @@ def _pairs(network: Network) -> Iterator[_Pair]:
         readers = [sites.get(user.name) for user in node.users]
         if maker is None or len(source.users) > 1 or not _can_move(network, maker) or not readers:
             continue
-        found = [site for site in readers if site is not None and _can_move(network, site) and _pads_nothing(network, site)]
+        found = [
+            site for site in readers if site is not None and _can_move(network, site) and _pads_nothing(network, site)
+        ]
         if len(found) == len(readers) and maker not in found:
             yield _Pair(maker, source.name, node.name, tuple(found))
 
@@ -105,7 +107,9 @@ def _move_(network: Network, pair: _Pair, c: Tensor) -> None:
         for site in pair.readers:
             matrix = site.matrix(network.weight(site).detach()).double()
             columns = c.reshape(site.groups, -1).repeat_interleave(matrix.shape[1] // (len(c) // site.groups), 1)
-            _add_to_bias_(network, site, (matrix.reshape(site.groups, -1, matrix.shape[1]) * columns[:, None]).sum(2).flatten())
+            _add_to_bias_(
+                network, site, (matrix.reshape(site.groups, -1, matrix.shape[1]) * columns[:, None]).sum(2).flatten()
+            )
 
 
 def _add_to_bias_(network: Network, site: NetworkSite, added: Tensor) -> None:

@@ -129,7 +129,9 @@ class _Walk(fx.Interpreter):
         self._held: dict[fx.Node, Any] = {}
         self._sites = {node: site for site in network.sites for node in site.nodes}
         self._seen: dict[str, SiteChannels] = {}
-        biases = [getattr(network.graph.get_submodule(site.name), "bias", None) for site in network.sites if _has_rows(site)]
+        biases = [
+            getattr(network.graph.get_submodule(site.name), "bias", None) for site in network.sites if _has_rows(site)
+        ]
         self._biases = Counter(id(bias) for bias in biases if bias is not None)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -174,7 +176,9 @@ class _Walk(fx.Interpreter):
             return self._sum(node, value)
         if name in _PRODUCTS:
             return self._product(node, name, value)
-        why = f"{node.name} ({name or node.target}) " + ("cuts its values off" if name in _CLIPS else "lets no scale through")
+        why = f"{node.name} ({name or node.target}) " + (
+            "cuts its values off" if name in _CLIPS else "lets no scale through"
+        )
         return self._stopped(node, value, "it is an output" if node.op == "output" else why)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
@@ -225,7 +229,7 @@ class _Walk(fx.Interpreter):
         bounds = clip_of(node)
         return bounds is not None and bounds[0] == 0 and (bounds[1] == torch.inf or node.name in self._unclipped)
 
-    def _pooled(self, node: fx.Node, name: str, names: Tensor, value: Tensor) -> Any:
+    def _pooled(self, node: fx.Node, name: str, names: Tensor, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return self._stopped(node, value, f"{node.name} ({name}) lets no scale through")
         axes = range(-_POOLS[name], 0) if name in _POOLS else bound_arguments(node).get("dim")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pennyweight.models.network.network import Network, NetworkSite
 from pennyweight.models.network.part import Recorder
@@ -38,7 +38,7 @@ class EqualizationReport:
 
 
 def equalized(network: Network, batches: Sequence[Any] | None = None) -> tuple[Network, EqualizationReport]:
-    """The same function, in weights whose ranges fit each other, and what was done; batch norms should be folded before.
+    """The same function in weights whose ranges fit each other, and what was done; fold batch norms before.
 
     Channels between sites are scaled wherever only positively homogeneous operations stand between (channels.py says
     which), all producers and readers of a residual stream together. With `batches` an upper bound that their values
@@ -56,9 +56,7 @@ def equalized(network: Network, batches: Sequence[Any] | None = None) -> tuple[N
             _scale_(changed, changed.site(name), between, found.s)
             touched.append(name)
     replaced = _replaced_(changed, unclipped)
-    report = EqualizationReport(
-        tuple(touched), int((found.s != 1).sum()), found.sweeps, channels.fixed, replaced
-    )
+    report = EqualizationReport(tuple(touched), int((found.s != 1).sum()), found.sweeps, channels.fixed, replaced)
     if batches is None:
         return changed, report
     changed, counts = absorbed(changed, batches)

@@ -32,7 +32,7 @@ class Names:
 
     def joined(self, one: Tensor, other: Tensor, why: str) -> Tensor:
         """Names that broadcast against each other, made one element by element; `why` is said where one is fixed."""
-        one, other = torch.broadcast_tensors(one, other)
+        one, other = one + torch.zeros_like(other), other + torch.zeros_like(one)
         if torch.equal(one, other):
             return one
         count = len(self._parent) + 1
@@ -60,7 +60,7 @@ class Names:
         return self._why.get(self._root(name))
 
     def numbered(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-        """The same tensors with one number from 1 on for each set that has a scale and 0 otherwise; the count with 0."""
+        """The tensors with one number from 1 on for each set that has a scale and 0 otherwise; how many with 0."""
         numbers: dict[int, int] = {}
         table = torch.zeros(len(self._parent), dtype=torch.int64)
         for name in range(1, len(self._parent)):

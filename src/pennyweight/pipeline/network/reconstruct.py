@@ -1,7 +1,7 @@
 """Codes of a network learned block after block, so that each block's output stays.
 
-Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (2021); rounding of
-activations dropped at random as in Wei et al., "QDrop" (2022).
+Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (2021); Wei et al., "QDrop:
+Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization" (2022).
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pennyweight.core.parallel import one_thread_per_operation, parallel_map
+from pennyweight.core.errors import UsageError
+from pennyweight.core.parallel import one_thread_per_operation
 from pennyweight.models.network.blocks import NetworkBlock, partition
-from pennyweight.models.network.network import Inputs, Network
-from pennyweight.models.network.part import Parts, Recorder
+from pennyweight.models.network.network import Network
+from pennyweight.models.network.part import Changed, Parts
 from pennyweight.pipeline.network.dropped import chance, dropped
+from pennyweight.pipeline.network.streams import Streams, cut, largest_batch
 from pennyweight.schemes import QuantizedWeight
 from pennyweight.schemes.activation import ActivationParameters
 from pennyweight.solvers.learned.base import BlockProblem, BlockSolver
 from pennyweight.solvers.learned.sigmoid import Sigmoid
 
-# Pictures (or sentences) of one batch, and batches of one step.
-_TOGETHER, _BATCHES = 16, 2
+_SOLVER = Sigmoid()
+# Rows (pictures, sentences) of one batch at most, and numbers that go into the network at once.
+_ROWS, _ELEMENTS = 8, 1 << 19
+# Rows that a step learns from at most, and batches of them at least: each is run by one thread.
+_STEP_ROWS, _STEP_BATCHES = 32, 4
+# Apart from each other for any number of steps and batches that there may be.
+_SEEDS = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class BlockError:
 @dataclass(frozen=True)
 class ReconstructionResult:
     """weights      site -> its codes, also those of sites that nothing was learned for
-    activations  value -> its scale and zero point, as given unless steps were learned
+    activations  value -> its scale and zero point, as given
     blocks       by the name of the value that comes out
     notes        what could not be done
     """
@@ -70,108 +77,138 @@ def reconstructed(
     steps: int,
     drop: float = 0.5,
     seed: int = 0,
+    solver: BlockSolver = _SOLVER,
     tell: Tell = tell_nobody,
-    solver: BlockSolver | None = None,
-    mix: bool = True,
-    together: int = _TOGETHER, per_step: int = _BATCHES,
 ) -> ReconstructionResult:
-    """Codes with which every block's output is nearer to that of the float `network`."""
-    chosen = (solver or Sigmoid()).with_steps(steps, batches=per_step)
+    """Codes with which the output of every block of `network` (blocks.py) is nearer to what it is in float:
+
+        min over codes of the mean of (block(Ŵ, x̃) - block(W, x))²
+
+    x comes from the float network, x̃ from that whose blocks before are rounded, activations included. Inside of a
+    block a step rounds each element of a value that has `activations` with probability `drop` (QDrop) and leaves it as
+    it is otherwise; codes are judged with all of them rounded, and those of the start kept where none are better.
+
+    `weights` are the codes that are begun with, by site; sites left out stay in float. `batches` are as `network` takes
+    them. The result depends on `seed`, not on the number of threads. Raises UsageError for names that the network
+    has not.
+    """
+    _check(network, weights, activations)
+    pieces = cut(network, batches, rows=_ROWS, elements=_ELEMENTS)
+    per_step = max(_STEP_BATCHES, _STEP_ROWS // largest_batch(pieces)) if network.batch_varies else _STEP_BATCHES
     blocks = partition(network)
     parts = Parts(network)
-    now, errors, notes = dict(weights), dict[str, BlockError](), list[str]()
     with one_thread_per_operation(), torch.no_grad():
-        streams = _streams(network, blocks, _cut(network, batches, together), activations)
-        for number, block in enumerate(blocks):
-            learned = [name for name in block.sites if name in weights]
-            targets = parallel_map(lambda values, block=block: parts.run(block.nodes, values, weights={}), streams.exact)
-            if block.target is not None and learned:
-                run = _Running(network, parts, block, activations, streams, drop if mix else 1.0, drop, seed + 1000003 * number)
-                problem = BlockProblem(
-                    {name: network.site(name).matrix(network.weight(network.site(name)).detach()).float() for name in learned},
-                    {name: now[name] for name in learned},
-                    run.forward,
-                    [values[block.target] for values in targets],
-                    seed=seed,
-                    learning=run.learning,
-                )
-                solution = chosen.refine(problem)
-                now.update(solution.weights)
-                errors[block.target] = BlockError(tuple(learned), solution.error_before, solution.error)
-                notes += solution.notes
-            decoded = {name: network.site(name).tensor(now[name].dequantize()) for name in block.sites if name in now}
-            rounded = parallel_map(
-                lambda values, block=block, decoded=decoded: parts.run(block.nodes, values, weights=decoded, changed=_rounding(activations)), streams.rounded
+        streams = Streams(network, parts, blocks, pieces, activations)
+        work = _Work(network, parts, dict(weights), activations, streams, drop)
+        learned = [block for block in blocks if work.sites(block)]
+        chosen = solver.with_steps(steps, batches=per_step)
+        for block in blocks:
+            exact = streams.targets(block)
+            if block in learned:
+                done = learned.index(block)
+                work.learn(block, exact, chosen, _told(tell, done, len(learned)), seed=seed * _SEEDS + done)
+            streams.advance(block, exact, work.decoded)
+    lost = [name for block in blocks if block.target is None for name in block.sites if name in weights]
+    notes = [*work.notes, *(f"{name}: no single value shows what it does; its codes stay" for name in lost)]
+    return ReconstructionResult(work.weights, dict(activations), work.errors, tuple(notes))
+
+
+def _told(tell: Tell, blocks: int, total: int) -> Tell:
+    """`tell` for the steps of one block after so many others, of `total`."""
+    return lambda done, steps: tell(blocks * steps + done, total * steps)
+
+
+def _check(
+    network: Network, weights: Mapping[str, QuantizedWeight], activations: Mapping[str, ActivationParameters]
+) -> None:
+    sites = {site.name for site in network.sites}
+    values = {node.name for node in network.graph.graph.nodes}
+    for kind, given, known in (("site", weights, sites), ("value", activations, values)):
+        for name in given:
+            if name not in known:
+                raise UsageError(f"{name} is no {kind} of the network: names are those of Network.{kind}s")
+
+
+class _Work:
+    """Codes as they are so far."""
+
+    def __init__(
+        self,
+        network: Network,
+        parts: Parts,
+        weights: dict[str, QuantizedWeight],
+        activations: Mapping[str, ActivationParameters],
+        streams: Streams,
+        drop: float,
+    ) -> None:
+        self._network, self._parts, self._streams = network, parts, streams
+        self._activations, self._drop = activations, drop
+        self.weights = weights
+        self._sites = {site.name: site for site in network.sites}
+        self.decoded = {name: self._sites[name].tensor(weight.dequantize()) for name, weight in weights.items()}
+        self.errors: dict[str, BlockError] = {}
+        self.notes: list[str] = []
+
+    def sites(self, block: NetworkBlock) -> list[str]:
+        """Those of `block` that are learned."""
+        return [name for name in block.sites if name in self.weights and block.target is not None]
+
+    def learn(
+        self,
+        block: NetworkBlock,
+        exact: Sequence[Mapping[str, Any]],
+        solver: BlockSolver,
+        tell: Tell,
+        *,
+        seed: int,
+    ) -> None:
+        """Better codes for the sites of `block`."""
+        assert block.target is not None
+        sites = self.sites(block)
+        floats = {name: self._network.weight(self._sites[name]).detach() for name in sites}
+
+        def forward(given: Mapping[str, Tensor], batch: int) -> Tensor:
+            return self._output(block, given, batch, self._rounded(block))
+
+        def learning(given: Mapping[str, Tensor], batch: int, step: int) -> Tensor:
+            generator = torch.Generator().manual_seed((seed * _SEEDS + step) * _SEEDS + batch)
+            return self._output(block, given, batch, self._rounded(block, generator))
+
+        solution = solver.refine(
+            BlockProblem(
+                {name: self._sites[name].matrix(w).float() for name, w in floats.items()},
+                {name: self.weights[name] for name in sites},
+                forward,
+                [values[block.target] for values in exact],
+                seed=seed,
+                tell=tell,
+                learning=learning,
             )
-            streams.advance(block, targets, rounded)
-            tell(number + 1, len(blocks))
-    return ReconstructionResult(now, dict(activations), errors, tuple(notes))
+        )
+        self.weights.update(solution.weights)
+        for name, weight in solution.weights.items():
+            self.decoded[name] = self._sites[name].tensor(weight.dequantize())
+        self.errors[block.target] = BlockError(tuple(sites), solution.error_before, solution.error)
+        self.notes += [f"{', '.join(sites)}: {note}" for note in solution.notes]
 
+    def _output(self, block: NetworkBlock, given: Mapping[str, Tensor], batch: int, changed: Changed) -> Tensor:
+        """What `block` gives with the matrices `given`, on what the rounded blocks before it give."""
+        assert block.target is not None
+        weights = self.decoded | {name: self._sites[name].tensor(w) for name, w in given.items()}
+        found = self._parts.run(block.nodes, self._streams.rounded[batch], weights=weights, changed=changed)
+        target: Tensor = found[block.target]
+        return target
 
-def _rounding(activations):
-    def changed(name, value):
-        return activations[name].round_trip(value) if name in activations else value
-    return changed
+    def _rounded(self, block: NetworkBlock, generator: torch.Generator | None = None) -> Changed:
+        """Rounds the values inside of `block`: all elements, or with a `generator` those that chance takes.
 
+        Its output is compared as it is computed: the rounding that follows is the next block's.
+        """
 
-@dataclass
-class _Streams:
-    exact: list[dict[str, Any]]
-    rounded: list[dict[str, Any]]
-    last: dict[str, int]
-    done: int = 0
-
-    def advance(self, block, exact, rounded):
-        self.done += 1
-        for held, found in ((self.exact, exact), (self.rounded, rounded)):
-            for n, values in enumerate(found):
-                held[n] = {name: value for name, value in values.items() if self.last.get(name, -1) >= self.done}
-
-
-def _streams(network, blocks, batches, activations):
-    last = {name: number for number, block in enumerate(blocks) for name in block.inputs}
-    made = {name for block in blocks for name in block.nodes}
-    free = frozenset(last) - made
-    exact = [Recorder.values(network, inputs, free) for inputs in batches]
-    change = _rounding(activations)
-    rounded = [{name: change(name, value) if isinstance(value, Tensor) else value for name, value in values.items()} for values in exact]
-    return _Streams(exact, rounded, last)
-
-
-def _cut(network: Network, batches, together):
-    given = [network.inputs(batch) for batch in batches]
-    args = [torch.cat([one.args[i] for one in given]) for i in range(len(given[0].args))]
-    return [Inputs(tuple(a[s:s + together] for a in args)) for s in range(0, len(args[0]), together)]
-
-
-class _Running:
-    def __init__(self, network, parts, block, activations, streams, mix, drop, seed):
-        self.network, self.parts, self.block = network, parts, block
-        self.activations, self.streams, self.mix, self.drop, self.seed = activations, streams, mix, drop, seed
-
-    def _shaped(self, weights):
-        return {name: self.network.site(name).tensor(w) for name, w in weights.items()}
-
-    def forward(self, weights, batch):
-        def changed(name, value):
-            if name == self.block.target or name not in self.activations:
+        def changed(name: str, value: Tensor) -> Tensor:
+            if name not in self._activations or name == block.target:
                 return value
-            return dropped(value, self.activations[name], None)
-        values = self.parts.run(self.block.nodes, self.streams.rounded[batch], weights=self._shaped(weights), changed=changed)
-        return values[self.block.target]
+            mask = None if generator is None else chance(value.shape, self._drop, generator)
+            return dropped(value, self._activations[name], mask)
 
-    def learning(self, weights, batch, step):
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 10_007 + batch)
-        def changed(name, value):
-            if name == self.block.target or name not in self.activations:
-                return value
-            return dropped(value, self.activations[name], chance(value.shape, self.drop, generator))
-        given = dict(self.streams.rounded[batch])
-        for name in self.block.inputs:
-            value = given[name]
-            if isinstance(value, Tensor) and value.is_floating_point():
-                mask = chance(value.shape, self.mix, generator)
-                if mask is not None:
-                    given[name] = torch.where(mask, value, self.streams.exact[batch][name])
-        values = self.parts.run(self.block.nodes, given, weights=self._shaped(weights), changed=changed)
-        return values[self.block.target]
+        return changed

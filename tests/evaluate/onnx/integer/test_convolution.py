@@ -8,7 +8,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.evaluate.onnx.integer.qdq import DTYPES, Array, Graph, assert_equal, random_codes, scales, zeros
+from tests.evaluate.onnx.integer.qdq import (
+    DTYPES,
+    Array,
+    Graph,
+    assert_equal,
+    random_codes,
+    scales,
+    scales_near_ties,
+    zeros,
+)
 
 
 @st.composite
@@ -44,7 +53,7 @@ def convolutions(draw: Any) -> tuple[Any, dict[str, Array]]:
     return graph.model(y), {"x": x}
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(convolutions())
 def test_a_convolution_is_that_of_onnx_runtime(case: tuple[Any, dict[str, Array]]) -> None:
     assert_equal(*case)
@@ -61,6 +70,15 @@ def test_every_sum_on_a_tie_is_rounded_to_even() -> None:
     )
     agreement = assert_equal(graph.model(y), {"x": x})
     assert agreement.elements == 256
+
+
+def test_multipliers_are_rounded_in_the_runtimes_order() -> None:
+    graph = Graph()
+    x = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    scale_x, scale_y, zero = np.float32(0.1), np.float32(0.7), np.uint8(128)
+    w, scale_w = np.ones((200, 1, 1, 1), np.int8), scales_near_ties(scale_x, scale_y, 200)
+    inputs = [scale_x, zero, w, scale_w, np.zeros(200, np.int8), scale_y, zero]
+    assert_equal(graph.model(graph.node("QLinearConv", graph.given("x", np.uint8), *inputs)), {"x": x})
 
 
 def test_sums_beyond_24_bits_and_beyond_int32_are_those_of_onnx_runtime() -> None:

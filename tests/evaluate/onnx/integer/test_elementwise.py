@@ -76,3 +76,25 @@ def test_the_order_of_operands_matters_in_the_last_bit() -> None:
         assert_equal(model, pairs(np.uint8))
         codes.append(next(iter(simulate(model, pairs(np.uint8)).values())))
     assert (codes[0] != codes[1]).any()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_more_codes_than_pairs_are_looked_up_with_the_same_result(dtype: Any) -> None:
+    graph = Graph()
+    scale, zero = np.float32(0.1), dtype(3)
+    a, b = (graph.given("a", dtype), scale, zero), (graph.given("b", dtype), np.float32(0.07), zero)
+    results = [graph.integer(op, *a, *b, np.float32(0.06), zero) for op in ("QLinearAdd", "QLinearMul")]
+    model = graph.model(*results)
+    assert_equal(model, {"a": random_codes(1, (5, 3, 100, 100), dtype), "b": random_codes(2, (5, 3, 100, 100), dtype)})
+    assert_equal(model, {"a": random_codes(1, (5, 3, 100, 100), dtype), "b": random_codes(2, (3, 1, 1), dtype)})
+    assert_equal(model, {"a": random_codes(1, (3, 1, 1), dtype), "b": random_codes(2, (5, 3, 100, 100), dtype)})
+
+
+@pytest.mark.parametrize(("times", "zero_a", "zero_b"), [((4, 4, 24), 218, 220), ((11, 14, 14), 151, 53)])
+def test_the_part_of_the_zero_points_is_rounded_as_onnx_runtime_rounds_it(times: Any, zero_a: int, zero_b: int) -> None:
+    """Scales and zero points for which one rounding more of the zero points' share moves thousands of pairs."""
+    scale_a, scale_b, scale_c = (np.float32(0.1) * np.float32(value) for value in times)
+    graph = Graph()
+    a = (graph.given("a", np.uint8), scale_a, np.uint8(zero_a))
+    b = (graph.given("b", np.uint8), scale_b, np.uint8(zero_b))
+    assert_equal(graph.model(graph.integer("QLinearAdd", *a, *b, scale_c, np.uint8(100))), pairs(np.uint8))

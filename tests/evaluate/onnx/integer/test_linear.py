@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.evaluate.onnx.integer.qdq import DTYPES, Array, Graph, assert_equal, random_codes, scales, zeros
+from tests.evaluate.onnx.integer.qdq import (
+    DTYPES,
+    Array,
+    Graph,
+    assert_equal,
+    random_codes,
+    scales,
+    scales_near_ties,
+    zeros,
+)
 
 SIZES = st.integers(1, 70)
 Case = tuple[Any, dict[str, Array]]
@@ -72,3 +82,13 @@ def test_a_product_of_two_activations_is_that_of_onnx_runtime() -> None:
     scale, zero = np.float32(0.02), np.uint8(130)
     y = graph.node("QLinearMatMul", given_a, scale, zero, given_b, scale, zero, np.float32(0.03), zero)
     assert_equal(graph.model(y), {"a": a, "b": b})
+
+
+@pytest.mark.parametrize("op", ["QGemm", "QLinearMatMul"])
+def test_multipliers_are_rounded_in_the_runtimes_order(op: str) -> None:
+    scale_a, scale_y, zero = np.float32(0.1), np.float32(0.7), np.uint8(128)
+    b, scale_b, zero_b = np.ones((1, 200), np.int8), scales_near_ties(scale_a, scale_y, 200), np.zeros(200, np.int8)
+    graph = Graph()
+    inputs = [graph.given("a", np.uint8), scale_a, zero, b, scale_b, zero_b]
+    y = graph.integer(op, *inputs, "", scale_y, zero) if op == "QGemm" else graph.node(op, *inputs, scale_y, zero)
+    assert_equal(graph.model(y), {"a": np.arange(256, dtype=np.uint8)[:, None]})

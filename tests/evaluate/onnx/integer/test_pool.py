@@ -84,3 +84,11 @@ def test_averages_on_ties_are_those_of_onnx_runtime() -> None:
         y = graph.integer("QLinearAveragePool", x, *edges, kernel_shape=[2, 2], strides=[2, 2])
         z = graph.integer("QLinearGlobalAveragePool", x, *edges)
         assert_equal(graph.model(y, z), {"x": random_codes(zero, (2, 8, 10, 10), np.uint8)})
+
+
+def test_an_average_of_the_whole_image_is_computed_as_a_global_one() -> None:
+    """A float sum in order would round other ties of these scales: about one in twelve."""
+    graph = Graph()
+    edges = [np.float32(0.1) * np.float32(4), np.uint8(128), np.float32(0.1) * np.float32(2), np.uint8(128)]
+    y = graph.integer("QLinearAveragePool", graph.given("x", np.uint8), *edges, kernel_shape=[4, 3])
+    assert_equal(graph.model(y), {"x": random_codes(1, (4, 500, 4, 3), np.uint8)})

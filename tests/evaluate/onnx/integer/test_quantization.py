@@ -56,7 +56,7 @@ def test_codes_are_moved_as_onnx_runtime_moves_them(op: str) -> None:
     assert_equal(graph.model(y), {"x": random_codes(1, (2, 1, 5, 6), np.uint8)})
 
 
-@pytest.mark.parametrize("op", ["Add", "Sub", "Mul"])
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div"])
 def test_single_float_operations_are_exact(op: str) -> None:
     graph = Graph()
     model = graph.model(graph.node(op, graph.given("a"), graph.given("b")))
@@ -68,3 +68,11 @@ def test_a_clipped_float_is_exact() -> None:
     graph = Graph()
     y = graph.node("Clip", graph.node("Relu", graph.given("x")), np.float32(0.1), np.float32(0.7))
     assert_equal(graph.model(y), {"x": np.random.default_rng(1).normal(size=(3, 70)).astype(np.float32)})
+
+
+def test_parts_of_codes_are_those_of_onnx_runtime() -> None:
+    x = random_codes(1, (2, 7, 3), np.uint8)
+    for sizes in ([3, 4], [1, 6]):
+        graph = Graph()
+        parts = graph.nodes("Split", graph.given("x", np.uint8), np.array(sizes, INDEX), count=2, axis=1)
+        assert_equal(graph.model(*parts), {"x": x})

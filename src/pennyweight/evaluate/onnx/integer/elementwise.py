@@ -13,7 +13,7 @@ every x86-64 processor with AVX2 runs; without AVX2 or on Arm the roundings diff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -26,12 +26,24 @@ _Operand = tuple[Array, np.float32, int]
 
 def _add(node: Node, inputs: Inputs) -> tuple[Array, ...]:
     a, b, zero_c = given(inputs, 0), given(inputs, 3), given(inputs, 7)
-    first = (a, number(inputs, 1), zero_point(inputs, 2))
-    second = (b, number(inputs, 4), zero_point(inputs, 5))
-    if is_exchanged(a.shape, b.shape):
-        first, second = second, first
-    total = _sum(first, second, number(inputs, 6), int(zero_c.reshape(())))
-    return (saturate(to_int32(total), dtype=zero_c.dtype),)
+    scales, zeros = (number(inputs, 1), number(inputs, 4)), (zero_point(inputs, 2), zero_point(inputs, 5))
+    is_turned = is_exchanged(a.shape, b.shape)
+
+    def add(a: Array, b: Array) -> Array:
+        first, second = (a, scales[0], zeros[0]), (b, scales[1], zeros[1])
+        operands = (second, first) if is_turned else (first, second)
+        return saturate(to_int32(_sum(*operands, number(inputs, 6), int(zero_c.reshape(())))), dtype=zero_c.dtype)
+
+    return (_of_pairs(add, a, b),)
+
+
+def _of_pairs(operation: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
+    """operation(a, b) on codes; where there are more of them than pairs of 8-bit codes, by a table of all pairs."""
+    if max(a.size, b.size) <= 2**16:
+        return operation(a, b)
+    codes = np.arange(256, dtype=np.uint8)
+    table = operation(codes.view(a.dtype)[:, None], codes.view(b.dtype)[None, :])
+    return np.asarray(table[a.view(np.uint8), b.view(np.uint8)])
 
 
 def _sum(a: _Operand, b: _Operand, scale_c: np.float32, zero_c: int) -> Floats:
@@ -58,11 +70,22 @@ def is_exchanged(a: Sequence[int], b: Sequence[int]) -> bool:
 
 def _multiply(node: Node, inputs: Inputs) -> tuple[Array, ...]:
     zero_c = given(inputs, 7)
-    a = given(inputs, 0).astype(np.int32) - zero_point(inputs, 2)
-    b = given(inputs, 3).astype(np.int32) - zero_point(inputs, 5)
     ratio = (number(inputs, 1) * number(inputs, 4)) / number(inputs, 6)
-    value = (a * b).astype(np.float32) * ratio + np.float32(zero_c.reshape(()))
-    return (saturate(to_int32(value), dtype=zero_c.dtype),)
+
+    def multiply(a: Array, b: Array) -> Array:
+        product = (a.astype(np.int32) - zero_point(inputs, 2)) * (b.astype(np.int32) - zero_point(inputs, 5))
+        value = product.astype(np.float32) * ratio + np.float32(zero_c.reshape(()))
+        return saturate(to_int32(value), dtype=zero_c.dtype)
+
+    return (_of_pairs(multiply, given(inputs, 0), given(inputs, 3)),)
 
 
-PROVIDES: tuple[Kernel, ...] = (Kernel("QLinearAdd", _add), Kernel("QLinearMul", _multiply))
+def _has_bytes(node: Node, inputs: Inputs) -> bool:
+    """The runtime adds 16-bit codes by another formula."""
+    return given(inputs, 0).dtype.itemsize == 1
+
+
+PROVIDES: tuple[Kernel, ...] = (
+    Kernel("QLinearAdd", _add, covers=_has_bytes),
+    Kernel("QLinearMul", _multiply, covers=_has_bytes),
+)

@@ -78,6 +78,15 @@ def _gather(node: Node, inputs: Inputs) -> tuple[Array, ...]:
     return (np.asarray(np.take(given(inputs, 0), given(inputs, 1), axis=node.attributes.get("axis", 0))),)
 
 
+def _split(node: Node, inputs: Inputs) -> tuple[Array, ...]:
+    x, sizes = given(inputs, 0), optional(inputs, 1)
+    axis = node.attributes.get("axis", 0)
+    # Without sizes the parts are equal but for the last, which may be smaller.
+    part = -(-x.shape[axis] // len(node.outputs))
+    ends = np.arange(1, len(node.outputs)) * part if sizes is None else np.cumsum(sizes)[:-1]
+    return tuple(np.split(x, ends, axis=axis))
+
+
 def _where(node: Node, inputs: Inputs) -> tuple[Array, ...]:
     return (np.where(given(inputs, 0), given(inputs, 1), given(inputs, 2)),)
 
@@ -105,7 +114,7 @@ def _clip(node: Node, inputs: Inputs) -> tuple[Array, ...]:
 
 def _binary(operation: Callable[[Array, Array], Array]) -> Callable[[Node, Inputs], tuple[Array, ...]]:
     def run(node: Node, inputs: Inputs) -> tuple[Array, ...]:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             return (np.asarray(operation(given(inputs, 0), given(inputs, 1))),)
 
     return run
@@ -125,6 +134,7 @@ PROVIDES: tuple[Kernel, ...] = (
     Kernel("Pad", _pad, "exact", _is_plain_pad),
     Kernel("Slice", _slice, "exact", _is_forward_slice),
     Kernel("Gather", _gather, "exact"),
+    Kernel("Split", _split, "exact"),
     Kernel("Where", _where, "exact"),
     Kernel("Identity", _identity, "exact"),
     Kernel("Shape", _shape, "exact"),
@@ -132,5 +142,6 @@ PROVIDES: tuple[Kernel, ...] = (
     Kernel("Clip", _clip, "exact", _is_float),
     Kernel("Add", _binary(np.add), "exact", _is_float),
     Kernel("Sub", _binary(np.subtract), "exact", _is_float),
+    Kernel("Div", _binary(np.divide), "exact", _is_float),
     Kernel("Mul", _binary(np.multiply), "exact", _is_float),
 )

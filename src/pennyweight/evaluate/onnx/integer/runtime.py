@@ -43,7 +43,7 @@ def optimized(model: Any) -> Any:
     onnx = require("onnx", extra="onnx")
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "optimized.onnx"
-        open_session(model, saved=saved)
+        open_session(model, saved=saved, threads=1)
         return onnx.load(str(saved))
 
 
@@ -62,7 +62,7 @@ def run_exposed(optimized_model: Any, inputs: Mapping[str, Array]) -> dict[str, 
     shown = {output.name for output in exposed.graph.output}
     made = [name for node in exposed.graph.node for name in node.output if name]
     exposed.graph.output.extend([onnx.ValueInfoProto(name=name) for name in made if name not in shown])
-    return run(exposed, inputs, as_it_is=True)
+    return run(exposed, inputs, as_it_is=True, threads=1)
 
 
 def run_node(node: Node, inputs: Inputs, optimized_model: Any) -> tuple[Array, ...]:
@@ -78,7 +78,7 @@ def run_node(node: Node, inputs: Inputs, optimized_model: Any) -> tuple[Array, .
         graph, opset_imports=optimized_model.opset_import, ir_version=optimized_model.ir_version
     )
     try:
-        outputs = run(model, {name: np.asarray(array) for name, array in feeds.items()}, as_it_is=True)
+        outputs = run(model, {name: np.asarray(array) for name, array in feeds.items()}, as_it_is=True, threads=1)
     except Exception as error:
         raise ModelError(f"node {node.name} ({node.op}) can't be run by itself: {error}") from error
     return tuple(outputs[name] if name else np.zeros(0) for name in node.outputs)
