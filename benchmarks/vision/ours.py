@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.vision.schemes import NetworkScheme
-from benchmarks.vision.problem import BATCH, MODEL_FILE, OUTPUTS_FILE, Problem, Run, of_onnx, of_torch
+from benchmarks.vision.feeds import fed, names_of
+from benchmarks.vision.problem import BATCH, MODEL_FILE, OUTPUTS_FILE, Problem, Run, of_torch
 from benchmarks.vision.training import Pictures
 
 if TYPE_CHECKING:
@@ -86,7 +87,16 @@ def _written(result: QuantizedModule) -> Made:
         "sizes": dict(record.sizes),
     }
     assert result.out is not None
-    return Made(of_onnx(result.out / MODEL_FILE), said)
+    return Made(_of_file(result.out / MODEL_FILE), said)
+
+
+def _of_file(file: Path) -> Run:
+    """For `Problem.outputs`: our file in ONNX Runtime, as its user gets it."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names, wanted = names_of(session), session.get_outputs()[0].name
+    return lambda batch: session.run([wanted], fed(names, batch))[0]
 
 
 def _unequalized(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
@@ -158,10 +168,14 @@ def quantize(arguments: argparse.Namespace, clock: common.Clock) -> dict[str, An
 def mismatches(problem: Problem, file: Path) -> dict[str, Any]:
     """Output values of ONNX Runtime and of our simulation of its integers on the first judged inputs: how many there
     are, how many differ, and the first layer that does."""
+    import onnxruntime
+
     from pennyweight.evaluate.onnx.integer.agreement import compare_layers
 
     numbers = sum(values[0].size for values in problem.arrays("judged").values())
-    found = compare_layers(file, next(problem.batches("judged", size=min(BATCH, max(1, _COMPARED // numbers)))))
+    inputs = next(problem.batches("judged", size=min(BATCH, max(1, _COMPARED // numbers))))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found = compare_layers(file, fed(names_of(session), inputs))
     first = found.first
     return {
         "outputs": found.elements,
