@@ -64,11 +64,11 @@ class Encoder(nn.Module):
 
 
 class Sequences(nn.Module):
-    """An LSTM of two layers and two directions, a GRU, and a linear map."""
+    """An LSTM of two directions, a GRU, and a linear map."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True)
+        self.lstm = nn.LSTM(6, 8, batch_first=True, bidirectional=True)
         self.gru = nn.GRU(16, 8, batch_first=True)
         self.head = nn.Linear(8, 3)
 

@@ -225,7 +225,7 @@ def test_dynamic_linear_maps_are_fused(scheme: str, tmp_path: Path) -> None:
     ("case", "scheme"),
     [
         ("convolutions", "uint4-channel-asym"), ("encoder", "int4-g16"), ("encoder", "int8-channel"),
-        ("sequences", "int2-channel"), ("tied", "uint4-channel-fzero"),
+        pytest.param("sequences", "int2-channel", marks=pytest.mark.slow), ("tied", "uint4-channel-fzero"),
     ],
 )  # fmt: skip
 def test_portable_files_have_standard_operations_alone(case: str, scheme: str, tmp_path: Path) -> None:
