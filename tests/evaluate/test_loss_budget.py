@@ -20,7 +20,8 @@ from pennyweight.evaluate import loss_budget
 from pennyweight.evaluate.compare import WindowScores
 from pennyweight.evaluate.confidence import paired_bound
 from pennyweight.evaluate.judges import TaskJudge, bounded
-from pennyweight.evaluate.loss_budget import Trial, _Search
+from pennyweight.evaluate.loss_budget import Trial
+from pennyweight.evaluate.loss_search import Search
 from pennyweight.evaluate.proved import quantize
 from pennyweight.evaluate.tasks.evaluated import evaluate_task
 from pennyweight.evaluate.tasks.exam import Exam
@@ -33,7 +34,7 @@ from tests.pipeline import tiny
 
 def _searched(points: list[Point], true: list[float], limit: float, scale: float = 1.0) -> tuple[int | None, int]:
     """What the search takes where the plan `index` loses true[index], and how many trials that takes."""
-    search = _Search(points, limit, scale=scale)
+    search: Search[Trial] = Search(points, limit, scale=scale)
     while (index := search.next()) is not None:
         assert index not in search.tried
         loss = true[index]

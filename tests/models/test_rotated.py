@@ -21,6 +21,8 @@ from tests.transforms.blocks import InDouble
 
 # float64 throughout: what a few thousand additions in another order leave.
 EXACT = 1e-9
+# Routers that compute in float32 whatever the model's type.
+FLOAT32 = {"deepseek-v3": 1e-7}
 CAN = [
     "llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "phi3", "phi", "gpt2", "opt", "gpt-neox", "mixtral",
     "qwen2-moe", "gpt-oss", "llama4", "granite-moe", "deepseek-v3",
@@ -76,7 +78,7 @@ def test_a_rotated_model_is_the_same_model(family: str, tmp_path: Path) -> None:
     turned = of(rotated(StreamedModel(save(plain, tmp_path / "plain")), stored=torch.float64))
     again = loaded(plain, written(turned, tmp_path / "turned"))
     expected = logits(plain)
-    assert (logits(again) - expected).abs().max() <= EXACT * expected.abs().max()
+    assert (logits(again) - expected).abs().max() <= FLOAT32.get(family, EXACT) * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -163,4 +165,4 @@ def test_no_block_is_given_a_cache(tmp_path: Path) -> None:
         model = StreamedModel(save(build(FAMILIES[family].architecture, FAMILIES[family].config), tmp_path / family))
         stream = model.start(token_batches((1,), 8))
         for _, arguments in stream.arguments[0]:
-            assert arguments.get("past_key_values") is None
+            assert arguments.get("cache", arguments.get("past_key_values")) is None

@@ -36,6 +36,13 @@ def test_many_numbers_of_far_apart_sizes_are_summed_exactly_in_any_order(size: i
         assert summed(order) * UNIT == expected
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_sums_that_grow_are_exact(seed: int) -> None:
+    # Numbers of 48 bits, of which 1023 have a sum of 58: more than a float64 holds.
+    x = (1 + torch.rand(1023, generator=torch.Generator().manual_seed(seed))).double().square()
+    assert summed(x) * UNIT == sum(map(Fraction, x.tolist()))
+
+
 def test_numbers_that_cancel_leave_nothing() -> None:
     x = torch.randn(1001).double()
     assert summed(torch.cat([x, -x])) == 0

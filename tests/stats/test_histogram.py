@@ -187,7 +187,9 @@ def test_nothing_and_zeros() -> None:
     assert (empty.count, empty.mean, empty.mean_square, len(empty.counts)) == (0, 0.0, 0.0, 0)
     zeros = gathered([torch.zeros(7), -torch.zeros(2)])
     assert (zeros.count, zeros.zeros, zeros.low, zeros.high, len(zeros.counts)) == (9, 9, 0.0, 0.0, 0)
-    assert math.copysign(1, zeros.low) == math.copysign(1, zeros.high) == 1
+    for x in (torch.zeros(2), -torch.zeros(2), torch.tensor([-0.0, 0.0]), torch.tensor([0.0, -0.0])):
+        found = gathered([x])
+        assert math.copysign(1, found.low) == math.copysign(1, found.high) == 1
     x = torch.randn(10)
     assert same(gathered([torch.zeros(7), x]), gathered([torch.cat([torch.zeros(7), x])]))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from pennyweight.cli.console import Bar, mebibytes, put_json, table
+from pennyweight.cli.inspect_network import print_network
 
 if TYPE_CHECKING:
     from pennyweight.evaluate.gguf_inventory import GgufInventory, TensorFacts
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: str | None = typer.Argument(None, help="Model directory, Hub id or GGUF file."),
+    model: str | None = typer.Argument(None, help="Model directory, Hub id, GGUF file or quantized network."),
     cpu: bool = typer.Option(False, "--cpu", help="Print what this machine's processor offers, and nothing else."),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
@@ -27,6 +28,8 @@ def inspect(
     from pennyweight.core.errors import UsageError
     from pennyweight.evaluate.gguf_inventory import gguf_inventory
     from pennyweight.evaluate.inventory import inventory
+    from pennyweight.evaluate.network.directory import is_network_artefact
+    from pennyweight.evaluate.network.inventory import network_inventory
     from pennyweight.models.gguf_files import gguf_of
 
     if cpu:
@@ -35,6 +38,10 @@ def inspect(
     if model is None:
         raise UsageError("name a model: pennyweight inspect MODEL")
     path = Path(model)
+    if is_network_artefact(path):
+        network = network_inventory(path)
+        put_json(asdict(network)) if as_json else print_network(network)
+        return
     first = None if (path / "config.json").is_file() else gguf_of(path)
     if first is not None:
         file = gguf_inventory(first)

@@ -7,14 +7,18 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(help="Model directory, Hugging Face Hub id, or GGUF file.")]
-Runtime = Annotated[str, typer.Option("--for", help="What will read the result: transformers, vllm or llama.cpp.")]
+Runtime = Annotated[
+    str,
+    typer.Option("--for", help="What will read the result: transformers, vllm, llama.cpp, onnxruntime or openvino."),
+]
 Effort = Annotated[
     str, typer.Option(help="fast, normal or best: what the run may cost, and so which of the next steps it takes.")
 ]
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Text file, .jsonl, directory, built-in, self (the model writes it) or none.  "
+        help="Text file, .jsonl, directory, built-in, self (the model writes it) or none; for networks also a file of "
+        "arrays (.npz, .npy, .safetensors) or FILE.py:NAME.  "
         "[default: built-in, none for a --solver that needs no data]"
     ),
 ]

@@ -21,12 +21,15 @@ from pennyweight.cli.console import (
     set_jobs,
     trial_teller,
 )
+from pennyweight.cli.quantize_network import RUNTIMES, quantize_network
 from pennyweight.core.hashing import Hashes
 from pennyweight.core.memory import settle_imports
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from typing import Any
 
+    from pennyweight.core.errors import UsageError
     from pennyweight.pipeline.records import BlockDone, RunReport, SiteRecord, Tell
     from pennyweight.train.recovery.recover import Step
 
@@ -70,6 +73,16 @@ _LossAware = Annotated[
     bool, typer.Option("--loss-aware/--no-loss-aware", help="Weigh tokens by how much the loss depends on them.")
 ]
 _Fit = Annotated[str, typer.Option(help="How scales are fitted: search or minmax.")]
+_Ranges = Annotated[
+    str | None,
+    typer.Option(help="Ranges of values between operations: output, minmax, mse...  [for onnxruntime, openvino]"),
+]
+_Equalize = Annotated[
+    bool | None,
+    typer.Option(
+        "--equalize/--no-equalize", help="Even out channel ranges across layers first.  [for onnxruntime, openvino]"
+    ),
+]
 _Verify = Annotated[str, typer.Option(help="How the result is checked in its runtime: full, blocks or none.")]
 
 
@@ -97,6 +110,8 @@ def quantize(
     recover_epochs: _RecoverEpochs = 3.0,
     loss_aware: _LossAware = False,
     fit: _Fit = "search",
+    ranges: _Ranges = None,
+    equalize: _Equalize = None,
     calibration: shared.Calibration = None,
     importance: _Importance = None,
     samples: shared.Samples = 128,
@@ -110,34 +125,46 @@ def quantize(
 ) -> None:
     """Quantize a model, and verify it in its runtime.
 
-    After a crash or Ctrl-C the same command continues where it was.
+    After a crash or Ctrl-C the same command continues where it was. For onnxruntime and openvino MODEL may also be
+    FILE.py:NAME, a torch module or a function that makes one, or a .pt2 file.
     """
-    _check(scheme, bits, verify, others=(size, bpw, max_kl, max_loss, plan))
+    asked = dict(locals())
+    del asked["model"], asked["out"]
+    (quantize_network if runtime in RUNTIMES else _quantize_model)(model, out, asked)
+
+
+def _quantize_model(model: str, out: str, asked: Mapping[str, Any]) -> None:
+    """A language model or an encoder, block by block, with the options of the command by name."""
+    given = dict(asked)
+    if [name for name in ("ranges", "equalize") if given.pop(name) is not None]:
+        raise _for_networks(given["runtime"])
+    _check(given, given.pop("verify"))
     # Beside the imports, which take seconds.
     hashes = Hashes(sorted(Path(model).glob("*.safetensors")))
     gc.disable()
     from pennyweight.evaluate.proved import quantize as job
 
-    set_jobs(jobs)
+    set_jobs(given.pop("jobs"))
+    as_json = given.pop("as_json")
+    given |= {"keep": given["keep"] or (), "at": given["at"] or (), "device": device_of(given["device"])}
     report = job(
-        model, out, scheme=scheme, bits=bits, size=size, bpw=bpw, max_kl=max_kl,
-        max_loss=max_loss, task=task, plan=plan, keep=keep or (), at=at or (), runtime=runtime,
-        effort=effort, rotate=rotate, transform=transform, solver=solver, staged=staged,  # type: ignore[arg-type]
-        refine=refine, recover=recover, recover_epochs=recover_epochs,
-        loss_aware=loss_aware, fit=fit,  # type: ignore[arg-type]
-        calibration=calibration, importance=importance, samples=samples, length=length, seed=seed,
-        device=device_of(device),
-        trust_remote_code=trust_remote_code, verification=verify,  # type: ignore[arg-type]
-        tell=teller(), tell_step=step_teller(), tell_cost=cost_teller(), tell_trial=trial_teller(),
-        hashes=hashes,
+        model, out, **given, verification=asked["verify"], tell=teller(), tell_step=step_teller(),
+        tell_cost=cost_teller(), tell_trial=trial_teller(), hashes=hashes,
     )  # fmt: skip
     put_json(report) if as_json else _print(report)
 
 
-def _check(scheme: str | None, bits: int | None, verify: str, *, others: tuple[object, ...]) -> None:
+def _for_networks(runtime: str) -> UsageError:
     from pennyweight.core.errors import UsageError
 
-    if sum(one is not None for one in (scheme, bits, *others)) > 1:
+    return UsageError(f"--ranges and --equalize are for networks, --for onnxruntime or openvino, not for {runtime}")
+
+
+def _check(asked: Mapping[str, Any], verify: str) -> None:
+    from pennyweight.core.errors import UsageError
+
+    one_of = ("scheme", "bits", "size", "bpw", "max_kl", "max_loss", "plan")
+    if sum(asked[name] is not None for name in one_of) > 1:
         raise UsageError("give one of --scheme, --bits, --size, --bpw, --max-kl, --max-loss and --plan")
     if verify not in ("full", "blocks", "none"):
         raise UsageError(f"--verify {verify}: give full, blocks or none")

@@ -11,9 +11,9 @@ _PARTS = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf")
 
 
 @cache
-def versions() -> dict[str, str]:
+def versions(parts: tuple[str, ...] = _PARTS) -> dict[str, str]:
     """Name -> installed version, "absent" where there is none."""
-    return {"pennyweight": pennyweight.__version__} | {name: _of(name) for name in _PARTS}
+    return {"pennyweight": pennyweight.__version__} | {name: _of(name) for name in parts}
 
 
 def _of(name: str) -> str:

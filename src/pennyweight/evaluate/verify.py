@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pennyweight.core.errors import ModelError, VerificationError
 from pennyweight.core.hashing import sha256
+from pennyweight.evaluate.network.directory import is_network_artefact
 from pennyweight.models.config_json import read_config_json
 
 Extent = Literal["full", "blocks", "none"]
@@ -24,14 +25,14 @@ def verify(artefact: Path, *, extent: Extent = "full", trust_remote_code: bool =
 
     First the files must be the ones that pennyweight.json lists, where there is one. "full" loads the whole model and
     compares logits: in transformers no key may be missing or unexpected, and the difference must be 0 in float32, and
-    at most one unit in the last place of the largest logit in a narrower type; for llama.cpp see verify_gguf. "blocks",
-    also taken where the decoded model does not fit in memory, compares every weight with the runtime's own decoder; the
-    result then says `verified: partial`. Raises VerificationError with the runtime's own message, ModelError where
-    there is no model.
+    at most one unit in the last place of the largest logit in a narrower type; for llama.cpp see verify_gguf; a network
+    as ONNX must give for the inputs that lie beside it the outputs that do, up to rounding. "blocks", also taken where
+    the decoded model does not fit in memory, compares every weight with the runtime's own decoder; the result then says
+    `verified: partial`. Raises VerificationError with the runtime's own message, ModelError where there is no model.
     """
     if extent == "none":
         return {"verified": "none"}
-    if not any(artefact.glob("*.gguf")):
+    if not is_network_artefact(artefact) and not any(artefact.glob("*.gguf")):
         read_config_json(artefact)
     problems = _changed_files(artefact)
     found: dict[str, Any] = {} if problems else _in_fresh_process(artefact, extent, trust_remote_code=trust_remote_code)
@@ -60,6 +61,7 @@ def _changed_files(artefact: Path) -> list[str]:
 
 def _in_fresh_process(artefact: Path, extent: Extent, *, trust_remote_code: bool) -> dict[str, Any]:
     worker = "verify_gguf" if any(artefact.glob("*.gguf")) else "verify_worker"
+    worker = "network.check" if is_network_artefact(artefact) else worker
     command = [sys.executable, "-m", f"pennyweight.evaluate.{worker}", str(artefact.absolute()), extent]
     command += ["--trust-remote-code"] if trust_remote_code else []
     # However this process found the package, the fresh one must find the same.

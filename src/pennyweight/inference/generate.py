@@ -45,7 +45,10 @@ def _by_decoder(model: Any, ids: Tensor, max_tokens: int) -> Logits:
 
 def _by_model(model: Any, ids: Tensor, max_tokens: int) -> Logits:
     """Through the forward pass of the model; without a cache of its own it is given the whole text each time."""
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    accepted = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    # What transformers calls it from 5.24 on, and before.
+    cache = "cache" if "cache" in accepted else "past_key_values"
     text: list[int] = []
     past: Any = None
 
@@ -55,8 +58,8 @@ def _by_model(model: Any, ids: Tensor, max_tokens: int) -> Logits:
         ids = torch.tensor([text if past is None else given])
         # What is yielded must not find the caller's settings changed.
         with torch.no_grad():
-            out = model(input_ids=ids.to(model.device), past_key_values=past, use_cache=True, **extra)
-        past = getattr(out, "past_key_values", None)
+            out = model(input_ids=ids.to(model.device), use_cache=True, **{cache: past}, **extra)
+        past = getattr(out, cache, None)
         last: Tensor = out.logits[:, -1]
         return last
 

@@ -139,7 +139,7 @@ class Options:
         """How codes are chosen; raises UsageError for a name that is not known."""
         steps = self.steps
         return Chain(
-            solver=_with(find("solvers", steps.solver), "fit", self.fit),
+            solver=with_field(find("solvers", steps.solver), "fit", self.fit),
             fit=self.fit,
             transform=None if steps.transform == NONE else find("transforms", steps.transform),
             is_staged=steps.staged,
@@ -159,7 +159,7 @@ class Options:
         return None if is_blind and not is_trained else BUILT_IN
 
 
-def _with(thing: Any, name: str, value: object) -> Any:
+def with_field(thing: Any, name: str, value: object) -> Any:
     """`thing` with its field `name` set, where it has one."""
     has_field = is_dataclass(thing) and any(field.name == name for field in fields(thing))
     return replace(thing, **{name: value}) if has_field else thing

@@ -61,3 +61,63 @@ class Encoder(nn.Module):
         y = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
         x = self.first(x + self.out(y.transpose(1, 2).flatten(2)))
         return self.second(x + self.down(functional.gelu(self.up(x))))
+
+
+class Sequences(nn.Module):
+    """An LSTM of two directions, a GRU, and a linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 8, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(16, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(self.lstm(x)[0])[0])
+
+
+class Convolutions(nn.Module):
+    """Plain, grouped, depthwise and transposed ones over one, two and three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        self.first = nn.ModuleList(
+            kind(4, 8, 3, padding=1, groups=groups) for kind, groups in zip(plain, (1, 2, 4), strict=True)
+        )
+        self.second = nn.ModuleList(
+            kind(8, 4, 3, stride=2, output_padding=1, groups=groups)
+            for kind, groups in zip(transposed, (2, 1, 4), strict=True)
+        )
+        self.third = nn.ModuleList(kind(4, 4, 1, bias=False) for kind in plain)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        out = []
+        for value, one, two, three in zip((x, y, z), self.first, self.second, self.third, strict=True):
+            out.append(three(torch.relu(two(torch.relu(one(value))))))
+        return tuple(out)
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 32), nn.Linear(32, 20, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(tokens)))
+
+
+class Layers(nn.Module):
+    """Linear maps of matrices and of batches of them, with widths that are no whole blocks."""
+
+    def __init__(self, width: int = 40) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(width, 24), nn.Linear(24, width, bias=False), nn.Linear(width, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.two(torch.relu(self.one(x))))
+        return self.three(x.mean(1))

@@ -10,9 +10,9 @@ from torch.nn import functional
 from pennyweight.containers.onnx.edges import Edge, edges_of
 from pennyweight.models.network import Network, capture, fold_batch_norms
 from tests.containers.onnx.networks import Encoder, Gated, Residual
+from tests.containers.onnx.quantizing import IGNORED
 
-# Of torch about itself, when a graph is copied.
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(IGNORED)
 PICTURE = torch.zeros(2, 3, 8, 8)
 
 

@@ -51,8 +51,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("data", ["loader", "data"])
 def test_a_file_names_a_network_and_its_batches(place: Path, name: str, data: str) -> None:
     found = named_network(f"{place}:{name}", f"{place}:{data}")
-    assert found.net(found.example).shape == (3, 2)
     assert found.batches is not None
+    assert found.net(found.batches[0]).shape == (3, 2)
     assert torch.equal(found.batches[0], torch.ones(3, 4))
 
 
@@ -86,7 +86,8 @@ def test_an_exported_program_is_a_network(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(net, (torch.randn(2, 4),)), tmp_path / "net.pt2")
     np.save(tmp_path / "x.npy", np.ones((2, 4), np.float32))
     found = named_network(str(tmp_path / "net.pt2"), str(tmp_path / "x.npy"))
-    assert torch.equal(found.net(found.example), net(torch.ones(2, 4)))
+    assert found.batches is not None
+    assert torch.equal(found.net(found.batches[0]), net(torch.ones(2, 4)))
 
 
 def test_arrays_are_cut_into_batches_with_their_labels(tmp_path: Path) -> None:
@@ -140,5 +141,7 @@ def test_an_encoder_brings_windows_of_text() -> None:
     found = named_network(str(path), "built-in", text=TextWindows(samples=10, length=16))
     assert found.batches is not None
     assert [len(batch["input_ids"]) for batch in found.batches] == [8, 2]
-    assert found.net(**found.example).last_hidden_state.shape == (8, 16, 384)
-    assert named_network(str(path), "none").batches is None
+    assert found.net(**found.batches[0]).last_hidden_state.shape == (8, 16, 384)
+    blind = named_network(str(path), "none")
+    assert blind.batches is None
+    assert set(blind.example) == {"input_ids", "attention_mask", "token_type_ids"}

@@ -59,6 +59,26 @@ def test_the_threshold_has_the_least_divergence_of_all(seed: int) -> None:
     assert found == min(tried, key=lambda kept: textbook(counts, kept, 16))
 
 
+def test_as_few_bins_as_levels_may_be_kept() -> None:
+    counts = torch.zeros(200, dtype=torch.float64)
+    counts[:16] = torch.tensor([1000, 100] * 8)
+    counts[-1] = 1
+    assert _threshold(counts, 16) == 16
+
+
+@pytest.mark.parametrize(
+    ("sign", "scheme", "levels"),
+    [(1, UINT8_ASYMMETRIC, 256), (-1, UINT8_ASYMMETRIC, 256), (0, UINT8_ASYMMETRIC, 128), (1, SYMMETRIC, 128)],
+)
+def test_a_scheme_has_its_steps_where_the_numbers_are(sign: int, scheme: ActivationScheme, levels: int) -> None:
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0)).pow(3)
+    histogram = histogram_of(x.abs() * sign if sign else x)
+    ends = {one: _threshold(histogram.magnitudes.double(), one) * histogram.width for one in (64, 128, 256)}
+    assert len(set(ends.values())) == 3
+    low, high = max(histogram.low, -ends[levels]), min(histogram.high, ends[levels])
+    assert Entropy().choose(histogram, scheme) == scheme.parameters(low, high)
+
+
 def test_bins_that_hold_nothing_before_the_threshold_are_no_choice() -> None:
     counts = torch.zeros(100, dtype=torch.float64)
     counts[-1] = 5

@@ -93,6 +93,16 @@ def test_one_outlier_that_costs_less_clipped_is_clipped() -> None:
     assert squared_error(x, found) < squared_error(x, MinMax().choose(histogram_of(x), ActivationScheme(Int(4))))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_outlier_on_one_side_leaves_the_other_side_alone(sign: int) -> None:
+    x = sign * torch.cat([DATA["rectified"], torch.tensor([-60.0])])
+    scheme = ActivationScheme(Int(4, signed=False))
+    pairs = [(one / 60, other) for one in range(0, 61, 2) for other in torch.linspace(0.4, 1, 13).tolist()]
+    best = min(squared_error(x, clipped(scheme, x, *pair[::sign])) for pair in pairs)
+    found = Mse().choose(histogram_of(x), scheme)
+    assert squared_error(x, found) <= NOISE * best
+
+
 def test_numbers_that_steps_meet_exactly_keep_their_range() -> None:
     x = torch.arange(256).float()
     found = Mse().choose(histogram_of(x), UINT8_ASYMMETRIC)

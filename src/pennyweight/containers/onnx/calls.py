@@ -100,7 +100,7 @@ def _beside_bias(
     inputs = [
         (bias_of(quantized.network.graph, call.target), quantized.activations[call.edge])
         for call in calls
-        if call.edge in quantized.activations
+        if call.edge is not None and call.edge in quantized.activations
     ]
     if inputs:
         bias, x = max(inputs, key=lambda one: one[1].scale)

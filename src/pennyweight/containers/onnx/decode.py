@@ -38,7 +38,7 @@ class Weights:
         return self._made.get((site, what))
 
     def integers(self, site: str, *, is_transposed: bool) -> Value:
-        """INT8 codes; ONNX Runtime makes them when a session is made, so that products of integers take few bits too."""
+        """INT8 codes, cast when a session is made: products of integers take few bits in the file."""
         what = f"integers{'_transposed' * is_transposed}"
         if (made := self._once(site, what)) is not None:
             return made

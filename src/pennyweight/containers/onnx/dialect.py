@@ -34,13 +34,14 @@ class Dialect:
             raise UsageError(f"no ONNX file is written for {self.runtime!r}: use {' or '.join(RUNTIMES)}")
         if self.accuracy_level not in _LEVELS:
             raise UsageError(
-                f"accuracy level {self.accuracy_level} does not exist: use 4 (input rounded to 8 bits, fast) or 0 (exact)"
+                f"accuracy level {self.accuracy_level} does not exist: use 4 (input in 8 bits, fast) or 0 (exact)"
             )
 
     @property
     def has_int2(self) -> bool:
-        """OpenVINO reads no tensors of INT2."""
-        return self.runtime == "onnxruntime"
+        """OpenVINO reads no tensors of INT2. ONNX Runtime casts them rightly, but transposes them wrongly and makes
+        products of them that it cannot run: nothing else is done with them."""
+        return self.decodes_by_arithmetic
 
     @property
     def folds(self) -> bool:
@@ -54,6 +55,6 @@ class Dialect:
         return self.runtime == "onnxruntime" and not self.is_portable
 
     def has_blocks(self, bits: int) -> bool:
-        """MatMulNBits and GatherBlockQuantized for weights of `bits` bits. OpenVINO has what is as fast in the standard,
-        except for 2 bits, which it reads nowhere else."""
+        """MatMulNBits and GatherBlockQuantized for weights of `bits` bits. OpenVINO has what is as fast in the
+        standard, except for 2 bits, which it reads nowhere else."""
         return not self.is_portable and (self.runtime == "onnxruntime" or bits == 2)

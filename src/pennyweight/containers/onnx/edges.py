@@ -35,9 +35,7 @@ def edges_of(network: Network, *, sites: Collection[str], is_dynamic: bool = Fal
     """
     nodes = list(network.graph.graph.nodes)
     makers = _Makers(network, sites)
-    rounded = {
-        before_identities(x) for node in nodes if makers.reads_integers(node, is_dynamic) for x in _inputs(node)
-    }
+    rounded = {before_identities(x) for node in nodes if makers.reads_integers(node, is_dynamic) for x in _inputs(node)}
     if not is_dynamic:
         rounded |= {end_of(node) for node in nodes if node.name in makers.convolutions}
         while more := _needed(nodes, makers, rounded) - rounded:

@@ -45,7 +45,8 @@ def _quiet() -> Iterator[None]:
     """Nothing on stdout or stderr, no warnings, no log records."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    unread = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
         try:

@@ -62,7 +62,9 @@ class Graph:
         proto = onnx.TensorProto(name=name, data_type=onnx.TensorProto.DataType.Value(array.type), raw_data=array.data)
         proto.dims.extend(array.shape)
         tensor = ir.serde.deserialize_tensor(proto)
-        value = ir.Value(name=self._free(name), type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(
+            name=self._free(name), type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+        )
         tensor.name = value.name
         self._graph.register_initializer(value)
         return value
@@ -108,10 +110,14 @@ class Graph:
                 value.name = name
                 taken.add(name)
         ends = list(self._graph.outputs)
-        for node in self._graph:
-            for value in node.outputs:
-                if any(value is end for end in ends) or not value.name:
-                    continue
-                while value.name in taken:
-                    value.name += "_"
-                taken.add(value.name)
+        inner = [value for node in self._graph for value in node.outputs if value.name]
+        _tell_apart([value for value in inner if not any(value is end for end in ends)], taken)
+        _tell_apart([node for node in self._graph if node.name], set())
+
+
+def _tell_apart(named: Sequence[Any], taken: set[str]) -> None:
+    """Lengthen names that are taken."""
+    for one in named:
+        while one.name in taken:
+            one.name += "_"
+        taken.add(one.name)

@@ -16,7 +16,6 @@ from pennyweight.containers.onnx.operations import (
     clamp_of,
     integer_operands,
     is_global_average,
-    is_identity,
     moved,
     name_of,
 )
@@ -30,7 +29,7 @@ DOMAIN = "pennyweight"
 
 def _marker(kind: str, inputs: tuple[Tensor, ...], shape: Any, **attributes: str | int) -> Tensor:
     floats = next(x.dtype for x in inputs if x.is_floating_point())
-    made: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", inputs, attributes, dtype=floats, shape=shape)
+    made: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", inputs, {**attributes}, dtype=floats, shape=shape)
     return made
 
 

@@ -44,7 +44,9 @@ def read_onnx(path: Path) -> dict[str, QuantizedWeight]:
     try:
         model = ir.load(path)
         description = json.loads(model.metadata_props[METADATA])
-    except (KeyError, ValueError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:
         raise ContainerError(f"{path}: not an ONNX file that Pennyweight wrote: it has no codes to read") from error
     if description.get("version") != _VERSION:
         raise ContainerError(f"{path}: written by another version of Pennyweight: read it with that, or write it again")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from pennyweight.containers.onnx.bias import distances
 from pennyweight.containers.onnx.calls import Written
 from pennyweight.containers.onnx.dialect import Dialect
 from pennyweight.containers.onnx.rules import Form
@@ -17,31 +18,29 @@ _SEVEN_BITS = 64
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """opset      of the file
-    sizes      exact bytes of codes, scales and zero points, site by site
-    forms      how each site enters its operation: "integers", "blocks" or "decoded"
-    notes      what does not go as one might expect, in sentences
-    file_bytes of the .onnx file and of what lies beside it
+    """opset       of the file
+    sizes       exact bytes of codes, scales and zero points, site by site
+    forms       how each site enters its operation: "integers", "blocks" or "decoded"
+    notes       what does not go as one might expect, in sentences
+    file_bytes  of the .onnx file and of what lies beside it
     """
 
     opset: int
     sizes: Mapping[str, int]
     forms: Mapping[str, Form]
     notes: tuple[str, ...] = ()
-    file_bytes: int = field(default=0)
+    file_bytes: int = 0
 
 
 def notes_of(
     quantized: QuantizedNetwork, written: Mapping[str, Written], dialect: Dialect, guarded: list[str]
 ) -> tuple[str, ...]:
     """All that apply, those that change results first."""
-    return tuple(
-        [
-            *_about_results(written, dialect),
-            *_about_speed(written, dialect),
-            *_about_size(written),
-            *_about_the_rest(quantized, written, guarded),
-        ]
+    return (
+        *_about_results(written, dialect),
+        *_about_speed(written, dialect),
+        *_about_size(written),
+        *_about_the_rest(quantized, written, guarded),
     )
 
 
@@ -49,22 +48,21 @@ def _about_results(written: Mapping[str, Written], dialect: Dialect) -> Iterator
     wide = [name for name, site in written.items() if site.form == "integers" and _reach(site) > _SEVEN_BITS]
     if wide:
         yield (
-            f"{_named(wide)}: processors without VNNI (or the dot products of Arm) add two products of uint8 and int8 in "
-            "int16, where they may saturate: use int7-channel or fewer bits for them, or the session option "
-            "session.x64quantprecision"
+            f"{_named(wide)}: x86 processors without VNNI add two products of uint8 and int8 in int16, where they "
+            "may saturate: use int7-channel or fewer bits for them, or the session option session.x64quantprecision"
         )
     blocks = [name for name, site in written.items() if site.form == "blocks" and site.stored.site.kind == "linear"]
     floats = [name for name in blocks if written[name].stored.has_float_zeros]
     if dialect.accuracy_level == 4 and len(blocks) > len(floats) and dialect.runtime == "onnxruntime":
         yield (
-            f"{_named([name for name in blocks if name not in floats])}: ONNX Runtime rounds the input to 8 bits a block "
-            "(accuracy level 4); accuracy level 0 computes in float32"
+            f"{_named([name for name in blocks if name not in floats])}: ONNX Runtime rounds the input to 8 bits a "
+            "block (accuracy level 4); accuracy level 0 computes in float32"
         )
     large = [name for name, site in written.items() if site.is_too_large]
     if large:
         yield (
-            f"{_named(large)}: a bias or a sum leaves int32 beside the scale of the input: computed in float. Its weights "
-            "are very small beside its bias: keep it in float, or scale it"
+            f"{_named(large)}: a bias or a sum may leave int32, since the weights are very small beside the bias: "
+            "computed in float"
         )
 
 
@@ -84,7 +82,7 @@ def _about_speed(written: Mapping[str, Written], dialect: Dialect) -> Iterator[s
         yield f"{_named(depthwise)}: grouped convolutions may be slower in 8 bits than in float: measure them"
     decoded = [name for name, site in written.items() if site.form == "decoded"]
     if decoded and dialect.decodes_by_arithmetic:
-        yield f"{_named(decoded)}: decoded when a session is made: a smaller file, as fast and as large as float in memory"
+        yield f"{_named(decoded)}: decoded when a session is made: a smaller file, but no faster than float"
     elif decoded and dialect.runtime == "onnxruntime":
         yield f"{_named(decoded)}: decoded at every run: slower than float; leave out portable to have it done once"
     grouped = [name for name in decoded if isinstance(written[name].stored.scheme.granularity, PerGroup)]
@@ -95,36 +93,27 @@ def _about_speed(written: Mapping[str, Written], dialect: Dialect) -> Iterator[s
 
 def _about_size(written: Mapping[str, Written]) -> Iterator[str]:
     for bits in (4, 8):
-        wider = [
-            name for name, site in written.items() if site.stored.bits == bits and site.stored.element.bits < bits
-        ]
-        # 7 bits and fewer of 8 are chosen for their range.
+        wider = [name for name, site in written.items() if site.stored.bits == bits and site.stored.element.bits < bits]
         if wider and bits == 4:
-            yield f"{_named(wider)}: stored in 4 bits a weight, since the file has nothing between 2 (or none of 2) and 4"
+            yield f"{_named(wider)}: stored in 4 bits a weight: the reader has no tensors of so few bits"
         elif wider:
-            yield f"{_named(wider)}: stored in 8 bits a weight, since the file has nothing between 4 and 8"
+            yield f"{_named(wider)}: stored in 8 bits a weight: ONNX has nothing between 4 and 8"
 
 
-def _about_the_rest(
-    quantized: QuantizedNetwork, written: Mapping[str, Written], guarded: list[str]
-) -> Iterator[str]:
+def _about_the_rest(quantized: QuantizedNetwork, written: Mapping[str, Written], guarded: list[str]) -> Iterator[str]:
     transposed = [
-        name
-        for name, site in written.items()
-        if site.stored.site.kind == "conv_transpose" and quantized.activations
+        name for name, site in written.items() if site.stored.site.kind == "conv_transpose" and quantized.activations
     ]
     if transposed:
         yield f"{_named(transposed)}: transposed convolutions have no product of integers: computed in float"
     if guarded:
         yield (
-            f"{_named(guarded)}: in float between rounded values, behind a Max of one value: ONNX Runtime would round its "
-            "weights otherwise"
+            f"{_named(guarded)}: in float between rounded values, behind a Max of one value: ONNX Runtime would round "
+            "the weights otherwise"
         )
 
 
 def _reach(site: Written) -> int:
-    from pennyweight.containers.onnx.bias import distances
-
     return int(distances(site.weight).abs().max())
 
 

@@ -156,6 +156,4 @@ class Rewriting:
         parts = self.weights.blocks(site, is_rows=True)
         inputs = [parts["codes"], indices, parts["scales"], *([parts["zeros"]] if "zeros" in parts else [])]
         given = {"gather_axis": 0, "quantize_axis": 1, "block_size": stored.block, "bits": stored.bits}
-        return self._graph.make(
-            "GatherBlockQuantized", inputs, name=f"{site}.rows", domain=MICROSOFT, attributes=given
-        )
+        return self._graph.make("GatherBlockQuantized", inputs, name=f"{site}.rows", domain=MICROSOFT, attributes=given)

@@ -56,8 +56,8 @@ class Stored:
             return "UINT8"
         if self.bits < 8:
             return f"{'INT' if self.element.signed else 'UINT'}{self.bits}"
-        # ONNX Runtime is faster with signed weights, and OpenVINO has no product of two unsigned ones. A float zero point
-        # cannot be moved exactly.
+        # ONNX Runtime is faster with signed weights, and OpenVINO has no product of two unsigned ones. A float zero
+        # point cannot be moved exactly.
         return "UINT8" if self._is_uint8 and self.has_float_zeros else "INT8"
 
     @property

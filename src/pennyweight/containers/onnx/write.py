@@ -43,7 +43,7 @@ def write_onnx(
     """Write `quantized` as `path`, whole or not at all, for `runtime` to read.
 
     is_portable     operations of the standard alone: for readers that have none of ONNX Runtime's own
-    accuracy_level  of MatMulNBits, for weights alone: 4 rounds its input to 8 bits a block (fast), 0 computes in float32
+    accuracy_level  of MatMulNBits, for weights alone: 4 rounds its input to 8 bits a block (fast), 0 is exact
     external_bytes  from this size on the tensors lie in a file beside, `path` and ".data"
 
     Codes are written as they are; nothing is rounded but biases beside products of integers, to 32 bits. Raises
@@ -121,14 +121,21 @@ def _finish(model: Any, opset: int, description: str) -> None:
         imports[MICROSOFT] = 1
     model.ir_version = IR_VERSIONS[opset]
     model.producer_name, model.producer_version = "pennyweight", __version__
-    model.doc_string = None
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
+    _without_remarks(model)
     if description:
         model.metadata_props[METADATA] = description
+
+
+def _without_remarks(model: Any) -> None:
+    """Drop what the exporter says of where things come from, and the shapes between, which readers find themselves."""
+    graph = model.graph
+    made = [value for node in graph for value in node.outputs]
+    inner = [value for value in (*graph.initializers.values(), *made) if not value.is_graph_output()]
+    for noted in (model, graph, *graph, *graph.inputs, *graph.outputs, *inner):
+        noted.metadata_props.clear()
+        noted.doc_string = None
+    for value in inner:
+        value.type = value.shape = None
 
 
 def _save(model: Any, path: Path, external_bytes: int) -> int:

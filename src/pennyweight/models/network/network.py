@@ -181,7 +181,12 @@ class Network:
             own = len(self.example.args)
             batch = batch[:own] if own or not batch else batch[0]
         given = Inputs.of(batch)
-        return Inputs(given.args, {name: part for name, part in given.kwargs.items() if name in self.example.kwargs})
+        names = [name for name in self.example.kwargs if name in given.kwargs]
+        return Inputs(given.args, {name: given.kwargs[name] for name in names})
+
+    def in_order(self, inputs: Inputs) -> tuple[Any, ...]:
+        """`inputs` as the graph's placeholders take them."""
+        return (*inputs.args, *(inputs.kwargs[name] for name in self.argument_names[len(inputs.args) :]))
 
     def __call__(self, batch: Any) -> Any:
         given = self.inputs(batch)

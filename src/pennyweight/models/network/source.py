@@ -36,11 +36,11 @@ class TextWindows:
 
 @dataclass(frozen=True)
 class NamedNetwork:
-    """A network, batches for calibration (None where there are none), and inputs to capture it with."""
+    """A network, and batches for calibration; or, where there are none, `example`: inputs to capture it with."""
 
     net: nn.Module
     batches: list[Any] | None
-    example: Any
+    example: Any = None
 
 
 def named_network(
@@ -60,14 +60,15 @@ def named_network(
     if path.is_dir():
         return _of_transformers(path, calibration, text=text or TextWindows(), trust_remote_code=trust_remote_code)
     net = _exported(path) if path.suffix == ".pt2" else _made(source)
-    batches = None if calibration in (None, "none") else named_batches(str(calibration))
-    example = batches[0] if batches else getattr(net, "example_input_array", None)
+    if calibration not in (None, "none"):
+        return NamedNetwork(net, named_batches(str(calibration)))
+    example = getattr(net, "example_input_array", None)
     if example is None:
         raise UsageError(
             f"{source} cannot be captured without inputs to run it on: give --calibration a file of arrays or "
             "FILE.py:NAME, or give the module an attribute example_input_array"
         )
-    return NamedNetwork(net, batches, example)
+    return NamedNetwork(net, None, example)
 
 
 def named_batches(calibration: str) -> list[Any]:
@@ -171,11 +172,12 @@ def _of_transformers(
     net = _transformers_model(path, trust_remote_code=trust_remote_code)
     if net.main_input_name == "input_ids":
         return _of_text(net, path, calibration, text=text, trust_remote_code=trust_remote_code)
-    batches = None if calibration in (None, "none") else named_batches(str(calibration))
-    example = batches[0] if batches else dict(net.dummy_inputs)
-    if not isinstance(example, Tensor | tuple | list) and net.main_input_name not in example:
+    if calibration not in (None, "none"):
+        return NamedNetwork(net, named_batches(str(calibration)))
+    example = dict(net.dummy_inputs)
+    if net.main_input_name not in example:
         raise UsageError(f"{path} takes {net.main_input_name}: give --calibration a file of arrays of that name")
-    return NamedNetwork(net, batches, example)
+    return NamedNetwork(net, None, example)
 
 
 def _transformers_model(path: Path, *, trust_remote_code: bool) -> Any:
@@ -209,7 +211,7 @@ def _of_text(
     )  # fmt: skip
     names = set(tokenizer.model_input_names)
     batches = [_tokens(part, names) for part in torch.split(ids, _WINDOWS)]
-    return NamedNetwork(net, batches if source else None, batches[0])
+    return NamedNetwork(net, batches) if source else NamedNetwork(net, None, batches[0])
 
 
 def _tokens(ids: Tensor, names: set[str]) -> dict[str, Tensor]:

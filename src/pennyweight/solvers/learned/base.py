@@ -12,6 +12,8 @@ from pennyweight.schemes import QuantizedWeight
 
 # Weights by site name, and the number of a batch -> the block's output [windows, tokens, width], differentiable.
 Forward = Callable[[Mapping[str, Tensor], int], Tensor]
+# The same with the number of the step that is taken, from 0.
+SteppedForward = Callable[[Mapping[str, Tensor], int, int], Tensor]
 # How many steps are done, and of how many.
 Tell = Callable[[int, int], None]
 
@@ -33,6 +35,8 @@ class BlockProblem:
     output_weight  [width], or None for ones: what the squared error of each output channel counts
     seed           of the order of batches
     tell           called after every step
+    learning       runs the block in its steps, where chance has a part in what it does then (it must depend on nothing
+                   but its arguments); None: `forward`, by which codes are judged in any case
     """
 
     weights: Mapping[str, Tensor]
@@ -42,6 +46,7 @@ class BlockProblem:
     output_weight: Tensor | None = None
     seed: int = 0
     tell: Tell = tell_nobody
+    learning: SteppedForward | None = None
 
 
 @dataclass(frozen=True)

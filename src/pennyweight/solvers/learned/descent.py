@@ -58,7 +58,7 @@ def block_error(problem: BlockProblem, weights: Mapping[str, QuantizedWeight]) -
     decoded = {name: weight.dequantize() for name, weight in weights.items()}
 
     def one(batch: int) -> float:
-        return float(_squares(problem, decoded, batch).double())
+        return float(_squares(problem, problem.forward(decoded, batch), batch).double())
 
     elements = sum(target.numel() for target in problem.targets)
     return sum(parallel_map(one, range(len(problem.targets)))) / elements
@@ -75,8 +75,10 @@ def drawn_batches(count: int, batches: int, steps: int, seed: int) -> Iterator[l
         del waiting[:batches]
 
 
-def gradients(problem: BlockProblem, weights: Mapping[str, Tensor], batches: Sequence[int]) -> list[Tensor]:
-    """The gradient of the summed squares of `batches` with respect to each of `weights`, float32 [out, in].
+def gradients(
+    problem: BlockProblem, weights: Mapping[str, Tensor], batches: Sequence[int], step: int = 0
+) -> list[Tensor]:
+    """The gradient of the summed squares of `batches` in `step` with respect to each of `weights`, float32 [out, in].
 
     One thread a batch; batches are added in order, as many at a time as there are threads, so that no more gradients
     than these are held.
@@ -85,7 +87,9 @@ def gradients(problem: BlockProblem, weights: Mapping[str, Tensor], batches: Seq
     def one(batch: int) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-            loss = _squares(problem, leaves, batch)
+            run = problem.learning
+            out = problem.forward(leaves, batch) if run is None else run(leaves, batch, step)
+            loss = _squares(problem, out, batch)
             return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 
     total: list[Tensor] = [torch.zeros_like(weight) for weight in weights.values()]
@@ -96,8 +100,8 @@ def gradients(problem: BlockProblem, weights: Mapping[str, Tensor], batches: Seq
     return total
 
 
-def _squares(problem: BlockProblem, weights: Mapping[str, Tensor], batch: int) -> Tensor:
-    squares = (problem.forward(weights, batch).float() - problem.targets[batch].float()).square()
+def _squares(problem: BlockProblem, out: Tensor, batch: int) -> Tensor:
+    squares = (out.float() - problem.targets[batch].float()).square()
     return (squares if problem.output_weight is None else squares * problem.output_weight).sum()
 
 
@@ -105,6 +109,6 @@ def _step_(
     problem: BlockProblem, roundings: Mapping[str, Rounding], drawn: Sequence[int], step: int, steps: int
 ) -> None:
     weights = {name: rounding.weight() for name, rounding in roundings.items()}
-    found = gradients(problem, weights, drawn)
+    found = gradients(problem, weights, drawn, step)
     sites = list(zip(roundings.values(), found, strict=True))
     parallel_map(lambda site: site[0].step_(site[1], step, steps), sites)

@@ -1,0 +1,1 @@
+"""ONNX files in the runtimes that read them: agreement with our own arithmetic, latency, memory."""
