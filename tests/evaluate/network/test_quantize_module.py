@@ -128,10 +128,10 @@ def test_sites_can_be_kept_and_given_a_scheme(net: nn.Module) -> None:
 
 def test_a_size_bounds_the_file(net: nn.Module, loader: list[Any], tmp_path: Path) -> None:
     found = pw.quantize_module(
-        net, scheme="int8-channel", calibration=loader, size="14KB", out=tmp_path / "out", effort="fast"
+        net, scheme="int8-channel", calibration=loader, size="16KB", out=tmp_path / "out", effort="fast"
     )
-    assert (tmp_path / "out" / "model.onnx").stat().st_size <= 14_000
-    assert found.record.recipe.budget == "size=14000"
+    assert (tmp_path / "out" / "model.onnx").stat().st_size <= 16_000
+    assert found.record.recipe.budget == "size=16000"
     with pytest.raises(BudgetError):
         pw.quantize_module(
             net, scheme="int8-channel", calibration=loader, size="1KB", out=tmp_path / "b", effort="fast"
