@@ -18,6 +18,7 @@ from pennyweight.core.version import versions
 from pennyweight.evaluate.network.card import network_card
 from pennyweight.evaluate.network.directory import CHECK, MODEL, appearing, hashes_of, write_check, write_texts
 from pennyweight.evaluate.network.example import sample_like
+from pennyweight.evaluate.network.integers import has_integers, integer_agreement
 from pennyweight.evaluate.network.record import NetworkRecord, SiteReport, bits_per_weight
 from pennyweight.evaluate.onnx.agreement import RuntimeAgreement, agreement
 from pennyweight.evaluate.onnx.bounds import allowed_errors, outputs_of
@@ -71,7 +72,10 @@ def write_artefact(
             verification = _verified(work / MODEL, quantized, module, [sample, *batches], blocks, writing.runtime)
             feed = arrays_of(quantized.network, quantized.network.example)
             times = latency(Path(scratch) / MODEL, work / MODEL, feed, runtime=writing.runtime, seconds=writing.seconds)
-            record = replace(record, verification=(verification,), latency=(times,))
+            integers = None
+            if has_integers(quantized, writing.runtime):
+                integers = integer_agreement(work / MODEL, arrays_of(quantized.network, sample))
+            record = replace(record, verification=(verification,), latency=(times,), integers=integers)
         seconds = time.perf_counter() - writing.started
         record = replace(record, outputs=hashes_of(work), seconds=round(seconds, 3))
         write_texts(work, record=record.lasting(), run=record.measured(), card=network_card(record))
