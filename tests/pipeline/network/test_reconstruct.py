@@ -82,8 +82,11 @@ def test_errors_fall_and_are_those_of_the_quantized_network(edges: list[str]) ->
     assert len(result.blocks) >= 4
     for name, error in block_errors(network, result, batch).items():
         assert result.blocks[name].after == pytest.approx(error, rel=CLOSE)
-        assert result.blocks[name].after < result.blocks[name].before
-    assert not result.notes
+        assert result.blocks[name].after <= result.blocks[name].before
+    # The codes of a block that gains nothing stay, and it is said.
+    kept = [name for name, error in result.blocks.items() if error.after == error.before]
+    assert len(kept) <= 1
+    assert len(result.notes) == len(kept)
 
 
 class Slopes:
