@@ -4,6 +4,8 @@
 
 ptq               quantize_module on the calibration inputs, effort normal
 ptq-unequalized   the same without cross-layer equalization
+minmax            our file of weights and activations with ranges by min-max, rounded to nearest, nothing corrected
+minmax-equalized  the same after cross-layer equalization
 qat               train.fit with its defaults on the training pictures and their labels
 nearest           no method at all: per-channel scales from the largest weight, rounding to nearest; no file
 """
@@ -103,6 +105,22 @@ def _unequalized(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
     return _calibrated(problem, out, scheme, equalize=False)
 
 
+def _minmax(problem: Problem, out: Path, scheme: NetworkScheme, *, equalize: bool = False) -> Made:
+    import pennyweight as pw
+    from pennyweight.evaluate.network.quantize import captured
+    from pennyweight.pipeline.network.options import NetworkOptions
+    from pennyweight.pipeline.network.quantize import quantize_network
+
+    network, batches = captured(problem.network(), _Batches(problem), None)
+    options = NetworkOptions(_scheme_name(scheme), solver="nearest", fit="minmax", ranges="minmax", equalize=equalize)
+    result = quantize_network(network, batches, options)
+    return _written(pw.save_module(result.quantized, out, calibration=_Batches(problem)))
+
+
+def _minmax_equalized(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
+    return _minmax(problem, out, scheme, equalize=True)
+
+
 def _trained(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
     import pennyweight as pw
 
@@ -145,6 +163,8 @@ def fold_batch_norms_(net: nn.Module) -> None:
 METHODS: dict[str, Callable[[Problem, Path, NetworkScheme], Made]] = {
     "ptq": _calibrated,
     "ptq-unequalized": _unequalized,
+    "minmax": _minmax,
+    "minmax-equalized": _minmax_equalized,
     "qat": _trained,
     "nearest": _nearest,
 }
