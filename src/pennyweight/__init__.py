@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pennyweight.evaluate.converted import convert
     from pennyweight import train
-    from pennyweight.evaluate.network.quantize import quantize_module, save_module
+    from pennyweight.evaluate.converted import convert
+    from pennyweight.evaluate.network.quantize import quantize_module
+    from pennyweight.evaluate.network.saved import save_module
     from pennyweight.evaluate.proved import quantize
     from pennyweight.evaluate.speed.bench import bench
     from pennyweight.evaluate.verify import verify
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from pennyweight.pipeline.imatrix import imatrix
 
 __all__ = [
-    "__version__", "bench", "convert", "imatrix", "load", "quantize", "quantize_module", "save_module", "train", "verify",
+    "__version__", "bench", "convert", "imatrix", "load", "quantize", "quantize_module", "save_module", "train",
+    "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -64,4 +64,5 @@ def block_of(family: str, index: int = 0) -> Alone:
     names = list(type(block).forward.__code__.co_varnames[2 : 1 + len(seen["args"])])
     given = {**dict(zip(names, seen["args"][1:], strict=True)), **seen["kwargs"]}
     # A cache would grow with every run.
-    return Alone(block, hidden, {name: value for name, value in given.items() if name not in ("cache", "past_key_values")})
+    caches = ("cache", "past_key_values")
+    return Alone(block, hidden, {name: value for name, value in given.items() if name not in caches})

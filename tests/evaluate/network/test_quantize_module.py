@@ -88,12 +88,16 @@ def test_8_bits_lose_nothing_and_are_verified(w8a8: Any, net: nn.Module, data: t
 def test_the_record_has_every_site_and_edge(w8a8: Any) -> None:
     record = json.loads((w8a8.out / "pennyweight.json").read_text())
     assert [site["name"] for site in record["sites"]] == ["body.0", "body.3", "body.6", "head"]
-    assert all(site["error"] <= site["error_nearest"] * 1.01 for site in record["sites"])
-    assert all(edge["scale"] > 0 and edge["why"] for edge in record["edges"])
+    assert all(0 < site["error"] < 1e-3 and 0 < site["error_nearest"] < 1e-3 for site in record["sites"])
+    assert all(edge["scale"] > 0 and edge["why"] and edge["clipped"] < 0.05 for edge in record["edges"])
     assert {edge["name"] for edge in record["edges"]} == set(w8a8.quantized.plan.edges)
     assert record["network"]["inputs"] == {"x": {"dtype": "float32", "shape": [None, 1, 8, 8]}}
     assert record["recipe"]["samples"] == 256
     assert record["sizes"]["file_bytes"] < record["sizes"]["float_file_bytes"]
+    # On a processor without VNNI the runtime saturates otherwise, and the layer is named.
+    assert record["integers"]["elements"] == 40
+    assert record["integers"]["failed"] is None
+    assert (record["integers"]["mismatches"] == 0) == (record["integers"]["first"] is None)
     assert pw.verify(w8a8.out)["verified"] == "full"
 
 
@@ -124,10 +128,10 @@ def test_sites_can_be_kept_and_given_a_scheme(net: nn.Module) -> None:
 
 def test_a_size_bounds_the_file(net: nn.Module, loader: list[Any], tmp_path: Path) -> None:
     found = pw.quantize_module(
-        net, scheme="int8-channel", calibration=loader, size="14KB", out=tmp_path / "out", effort="fast"
+        net, scheme="int8-channel", calibration=loader, size="16KB", out=tmp_path / "out", effort="fast"
     )
-    assert (tmp_path / "out" / "model.onnx").stat().st_size <= 14_000
-    assert found.record.recipe.budget == "size=14000"
+    assert (tmp_path / "out" / "model.onnx").stat().st_size <= 16_000
+    assert found.record.recipe.budget == "size=16000"
     with pytest.raises(BudgetError):
         pw.quantize_module(
             net, scheme="int8-channel", calibration=loader, size="1KB", out=tmp_path / "b", effort="fast"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pennyweight.core.version import versions
 from pennyweight.evaluate.network.card import network_card
 from pennyweight.evaluate.network.directory import CHECK, MODEL, appearing, hashes_of, write_check, write_texts
 from pennyweight.evaluate.network.example import sample_like
+from pennyweight.evaluate.network.integers import has_integers, integer_agreement
 from pennyweight.evaluate.network.record import NetworkRecord, SiteReport, bits_per_weight
 from pennyweight.evaluate.onnx.agreement import RuntimeAgreement, agreement
 from pennyweight.evaluate.onnx.bounds import allowed_errors, outputs_of
@@ -38,6 +40,7 @@ class Writing:
     original  the float network that latency and size are compared with: batch norms folded
     seconds   that the comparison of latencies may take
     seed      of the sample that goes into the directory
+    started   when the run began, on the clock of time.perf_counter
     """
 
     runtime: Runtime
@@ -45,6 +48,7 @@ class Writing:
     original: Network
     seconds: float = 2.0
     seed: int = 0
+    started: float = field(default_factory=time.perf_counter)
 
 
 def write_artefact(
@@ -68,8 +72,12 @@ def write_artefact(
             verification = _verified(work / MODEL, quantized, module, [sample, *batches], blocks, writing.runtime)
             feed = arrays_of(quantized.network, quantized.network.example)
             times = latency(Path(scratch) / MODEL, work / MODEL, feed, runtime=writing.runtime, seconds=writing.seconds)
-            record = replace(record, verification=(verification,), latency=(times,))
-        record = replace(record, outputs=hashes_of(work))
+            integers = None
+            if has_integers(quantized, writing.runtime):
+                integers = integer_agreement(work / MODEL, arrays_of(quantized.network, sample))
+            record = replace(record, verification=(verification,), latency=(times,), integers=integers)
+        seconds = time.perf_counter() - writing.started
+        record = replace(record, outputs=hashes_of(work), seconds=round(seconds, 3))
         write_texts(work, record=record.lasting(), run=record.measured(), card=network_card(record))
     return record
 

@@ -129,7 +129,7 @@ def _within_size(
         over = _file_bytes(result, options) - int(limit.value)
         if over <= 0:
             return result
-        tensors -= over
+        tensors = problem.of(plan)[0] - over
     raise BudgetError(int(limit.value), int(limit.value) + over, "the file's graph takes the rest")
 
 

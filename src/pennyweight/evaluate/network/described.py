@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from pennyweight.evaluate.network.record import EdgeReport, NetworkRecipe, NetworkRecord, SiteReport
 from pennyweight.models.network.network import Inputs, Network
 from pennyweight.models.network.quantized import QuantizedNetwork
+from pennyweight.pipeline.network.activations import EdgeRecord
 from pennyweight.pipeline.network.options import NetworkOptions
 from pennyweight.pipeline.network.quantize import NetworkResult
 
@@ -53,17 +55,22 @@ def samples_in(batches: Sequence[Inputs]) -> int:
     return sum(next((len(tensor) for tensor in batch.tensors if tensor.dim()), 1) for batch in batches)
 
 
-def edge_reports(quantized: QuantizedNetwork, why: Mapping[str, str] | None = None) -> tuple[EdgeReport, ...]:
+def edge_reports(quantized: QuantizedNetwork) -> tuple[EdgeReport, ...]:
     """Every rounded value with what its codes hold."""
     found = []
     for name, scheme in quantized.plan.edges.items():
         known = quantized.activations.get(name)
-        reason = (why or {}).get(name)
         if known is None:
-            found.append(EdgeReport(name, scheme.name, why=reason or "of each tensor as it passes"))
+            found.append(EdgeReport(name, scheme.name, why="the range of each tensor as it passes"))
         else:
-            found.append(EdgeReport(name, scheme.name, known.scale, known.zero, known.low, known.high, reason))
+            found.append(EdgeReport(name, scheme.name, known.scale, known.zero, known.low, known.high))
     return tuple(found)
+
+
+def _with_reason(edge: EdgeReport, known: EdgeRecord | None) -> EdgeReport:
+    if known is None:
+        return edge
+    return replace(edge, why=known.chooser, seen=(known.low, known.high), clipped=known.clipped)
 
 
 def draft_of(
@@ -77,7 +84,6 @@ def draft_of(
         options.ranges, options.equalize, options.seed, len(batches), samples_in(batches),
         hash_of(batches) if batches else None,
     )  # fmt: skip
-    why = {edge.name: edge.chooser for edge in result.edges.values()}
     changed = {site: (reason,) for site, reason in quantized.plan.changed.items()}
     noted = {site: record.notes for site, record in result.sites.items() if record.notes}
     return NetworkRecord(
@@ -88,7 +94,7 @@ def draft_of(
             for site in quantized.network.sites
             if site.name in quantized.weights
         ),
-        edge_reports(quantized, why),
+        tuple(_with_reason(edge, result.edges.get(edge.name)) for edge in edge_reports(quantized)),
         kept=dict(quantized.plan.kept),
         refused=dict(network.refused),
         fallbacks={site: (*changed.get(site, ()), *noted.get(site, ())) for site in {**changed, **noted}},

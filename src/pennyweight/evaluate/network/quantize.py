@@ -70,11 +70,13 @@ def quantize_module(
         ranges=ranges or NetworkOptions.ranges, equalize=equalize, runtime=runtime, seed=seed,
     )  # fmt: skip
     result, trials = result_within(network, batches, options, budget, tell)
-    record = replace(draft_of(type(net).__name__, network, batches, options, budget.name, result), trials=trials)
+    record = replace(
+        draft_of(type(net).__name__, network, batches, options, budget.name, result),
+        trials=trials, seconds=round(time.perf_counter() - started, 3),
+    )  # fmt: skip
     if target is not None:
-        writing = Writing(runtime, verify, fold_batch_norms(network), seed=seed)
+        writing = Writing(runtime, verify, fold_batch_norms(network), seed=seed, started=started)
         record = write_artefact(result.quantized, target, record, batches[:BATCHES], writing)
-    record = replace(record, seconds=time.perf_counter() - started)
     return QuantizedModule(result.quantized.simulated(), result.quantized, record, target)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pennyweight.core.files import to_json
+from pennyweight.evaluate.network.integers import IntegerAgreement
 from pennyweight.evaluate.network.loss import NetworkTrial
 from pennyweight.evaluate.onnx.agreement import RuntimeAgreement
 from pennyweight.evaluate.onnx.latency import Latency
@@ -61,7 +62,12 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class EdgeReport:
-    """A value that is rounded: its scheme and, where it is static, the range that its codes hold. why: what chose it"""
+    """A value that is rounded.
+
+    scale, zero, low, high  where its range is static: the parameters, and the least and the largest number of its codes
+    why                     what chose the range
+    seen                    the least and the largest number in the calibration data; clipped: share beyond the range
+    """
 
     name: str
     scheme: str
@@ -70,6 +76,8 @@ class EdgeReport:
     low: float | None = None
     high: float | None = None
     why: str | None = None
+    seen: tuple[float, float] | None = None
+    clipped: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class NetworkRecord:
     sizes         bytes: of the file, of the float file, of all quantized weights; and bits a weight
     fallbacks     site -> what was done otherwise than asked
     notes         of the run as a whole and of the file
-    verification  by runtime
+    verification  by runtime; integers: ONNX Runtime against our simulation of its integers
     latency       against the float file, by runtime; warnings: wherever the quantized file is slower
     """
 
@@ -94,7 +102,7 @@ class NetworkRecord:
     sizes: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     verification: tuple[RuntimeAgreement, ...] = ()
-    integers: Mapping[str, Any] | None = None
+    integers: IntegerAgreement | None = None
     latency: tuple[Latency, ...] = ()
     outputs: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def save_module(
         recipe, network_facts(name, network), site_reports(quantized), edge_reports(quantized),
         kept=dict(quantized.plan.kept), refused=dict(network.refused), notes=network_notes(network),
     )  # fmt: skip
-    record = write_artefact(quantized, target, draft, batches, Writing(runtime, verify, network, seed=seed))
-    record = replace(record, seconds=time.perf_counter() - started)
+    record = write_artefact(
+        quantized, target, draft, batches, Writing(runtime, verify, network, seed=seed, started=started)
+    )
     return QuantizedModule(quantized.simulated(), quantized, record, target)

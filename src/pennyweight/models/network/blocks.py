@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from pennyweight.models.network.network import Network
@@ -49,26 +50,19 @@ class _Line:
     """The operations that depend on weights in the order of the graph; a part of them is a range of places."""
 
     def __init__(self, network: Network) -> None:
-        self.network = network
-        self.site_nodes = {node: site.name for site in reversed(network.sites) for node in site.nodes}
+        computing = {node for site in network.sites for node in site.nodes}
         self.nodes: list[fx.Node] = []
         carried: set[fx.Node] = set()
         for node in network.graph.graph.nodes:
-            is_site = node.name in self.site_nodes
-            if (
-                node.op != "output"
-                and _is_value(node)
-                and (is_site or any(one in carried for one in node.all_input_nodes))
-            ):
+            reads = node.name in computing or any(one in carried for one in node.all_input_nodes)
+            if reads and _is_value(node):
                 carried.add(node)
                 self.nodes.append(node)
         place = {node: index for index, node in enumerate(self.nodes)}
         # The last place that reads each value; the network's outputs are read behind the end.
         self.last = [max((place.get(user, len(place)) for user in node.users), default=-1) for node in self.nodes]
-        self.first_use: dict[str, int] = {}
-        for index, node in enumerate(self.nodes):
-            if node.name in self.site_nodes:
-                self.first_use.setdefault(self.site_nodes[node.name], index)
+        named = {node.name: index for node, index in place.items()}
+        self.first_use = {site.name: min(named[node] for node in site.nodes) for site in network.sites}
 
     def parts(self) -> list[range]:
         """Between places where a single value is alive."""
@@ -136,12 +130,9 @@ class _Line:
 
 
 def _is_value(node: fx.Node) -> bool:
-    """Not a size: those do not depend on what the numbers are."""
-    return (
-        node.op not in ("placeholder", "get_attr")
-        and not isinstance(node.meta.get("val"), int)
-        and not (type(node.meta.get("val")).__name__.startswith("Sym"))
-    )
+    """Computed, and not a size: those do not depend on what the numbers are."""
+    value = node.meta.get("val")
+    return node.op in ("call_function", "call_module") and not isinstance(value, int | torch.SymInt)
 
 
 def _merged(line: _Line, parts: Sequence[range]) -> list[range]:

@@ -179,7 +179,7 @@ class _Walk(fx.Interpreter):
         why = f"{node.name} ({name or node.target}) " + (
             "cuts its values off" if name in _CLIPS else "lets no scale through"
         )
-        return self._stopped(node, value, "it is an output" if node.op == "output" else why)
+        return self._stopped(node, value, "it goes out of the network" if node.op == "output" else why)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._network.graph.get_submodule(str(node.target)) if node.op == "call_module" else None

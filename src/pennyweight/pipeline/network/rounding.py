@@ -179,7 +179,7 @@ class _Work:
 
     def _look_at(self, site: NetworkSite, name: str, original: list[Any], rounded: list[Any]) -> list[Any]:
         """Measure what the site gives; its bias is corrected, and what is then given comes back."""
-        if site.kind in ("embedding", "recurrent"):
+        if site.kind in ("embedding", "recurrent") or not original:
             return rounded
         path = str(self.float.nodes[name].target)
         modules = [network.graph.get_submodule(path) for network in (self.corrected, self.rounded.network)]

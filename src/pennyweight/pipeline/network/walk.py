@@ -74,7 +74,7 @@ class Walk:
         return values
 
     def result(self, rest: Sequence[str], batch: int) -> Any:
-        """What the network gives in one batch, the nodes `rest` computed now; all that they read besides is there."""
+        """What comes out in one batch, as the output node has it: `rest` is computed now, what it reads is there."""
         left = Counter(read.name for name in rest for read in self.nodes[name].all_input_nodes)
         values: dict[str, Any] = {}
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +84,7 @@ def _teaching(teacher: Teacher, model: fx.GraphModule) -> Iterator[Callable[...,
     if teacher is None:
         yield None
         return
-    module = copy.deepcopy(preparation_of(model).network.graph).eval() if isinstance(teacher, str) else teacher
+    module = preparation_of(model).network.copied().graph if isinstance(teacher, str) else teacher
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
