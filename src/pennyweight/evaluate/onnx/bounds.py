@@ -21,6 +21,8 @@ MARGIN = 4.0
 _SAMPLES = 3
 # What float32 itself can say of an output.
 _LEAST = 2.0**-20
+# Numbers from here on stand for infinity, as in masks of attention: an error relative to them would drown all others.
+_INFINITE = 2.0**96
 # ONNX Runtime's MatMulNBits at accuracy level 4 rounds what it multiplies to 8 bits, a scale for each block.
 _LEVEL_4_STEPS = 127.0
 
@@ -111,13 +113,14 @@ class _Shaken(fx.Interpreter):
     def _moved(self, name: str, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return x
-        reach = SUM_ERROR * x.abs().max()
+        is_number = x.abs() < _INFINITE
+        reach = SUM_ERROR * torch.where(is_number, x.abs(), 0).max()
         step = self._biases.get(name)
         if step is not None:
             axes = x.dim() - 2 if self._sites[name].kind == "conv" else 0
             reach = reach + step.view(-1, *[1] * axes)
         noise = torch.rand(x.shape, generator=self._generator, dtype=x.dtype) * 2 - 1
-        return x + noise * reach
+        return torch.where(is_number, x + noise * reach, x)
 
 
 def _bias_steps(quantized: QuantizedNetwork) -> dict[str, Tensor]:
