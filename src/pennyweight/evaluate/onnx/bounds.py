@@ -37,8 +37,8 @@ def allowed_errors(
 ) -> list[float]:
     """For each output, how large |y - ŷ| / |y| may be, y of `module` and ŷ of a runtime.
 
-    The network is run again with numbers as a runtime may have them: whatever an operation gives is moved by up to
-    SUM_ERROR of the largest number of its tensor, so that codes on edges fall to the other side where they are near the
+    The network is run again with numbers as a runtime may have them: what an operation behind a site gives is moved by
+    up to SUM_ERROR of the largest number of its tensor, so that codes on edges fall to the other side where they are near the
     middle of two; a bias beside products of integers by up to half a unit of int32, scale(x) scale(w); and what
     MatMulNBits reads, of a site in `blocks` (-> the size of its blocks), is rounded to 8 bits. The largest of a few
     such errors, times MARGIN, is allowed.
@@ -90,6 +90,11 @@ class _Shaken(fx.Interpreter):
         self._sites = {name: site for site in quantized.network.sites for name in site.nodes}
         self._biases = _bias_steps(quantized)
         self._blocks = blocks
+        # What no weight has touched (a mask, a size) a runtime has as we do.
+        self._touched: set[str] = set()
+        for node in module.graph.nodes:
+            if node.name in self._sites or any(one.name in self._touched for one in node.all_input_nodes):
+                self._touched.add(node.name)
 
     def run_on(self, *args: Any, **kwargs: Any) -> Any:
         flat = pytree.tree_leaves((args, kwargs))
@@ -97,7 +102,7 @@ class _Shaken(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op not in ("call_function", "call_module"):
+        if n.op not in ("call_function", "call_module") or n.name not in self._touched:
             return result
         if n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), Rounded | RoundedDynamically):
             return result
