@@ -40,8 +40,8 @@ def allowed_errors(
     The network is run again with numbers as a runtime may have them: what an operation behind a site gives is moved by
     up to SUM_ERROR of the largest number of its tensor, so that codes on edges fall to the other side where they are
     near the middle of two; a bias beside products of integers by up to half a unit of int32, scale(x) scale(w); and
-    what MatMulNBits reads, of a site in `blocks` (-> the size of its blocks), is rounded to 8 bits. The largest of a few
-    such errors, times MARGIN, is allowed.
+    what MatMulNBits reads, of a site in `blocks` (-> the size of its blocks), is rounded to 8 bits. The largest of
+    a few such errors, times MARGIN, is allowed.
     """
     generator = torch.Generator().manual_seed(seed)
     shaken = [_Shaken(quantized, module, blocks or {}, generator) for _ in range(_SAMPLES)]
