@@ -54,8 +54,8 @@ def line(scheme: str = "w8a8-channel", *, keep: tuple[str, ...] = (), edit: str 
         net.two.weight.mul_(torch.tensor([1.0, 1e-2, 1e-3, 1.0])[:, None, None, None])
         if edit == "dead":
             net.two.weight[1] = 0
-            # One and a half times the scale of the input.
-            net.two.bias[1] = 0.0092  # type: ignore[index]
+            # Far from every multiple of the scale of the input, 6 / 255.
+            net.two.bias[1] = 0.0123  # type: ignore[index]
             net.three.weight[:, 1] = 10.0
         if edit == "clamp":
             # Values on both sides of 6.
