@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,19 @@ def test_a_judge_of_the_user_s_own_decides() -> None:
     assert told.end is not None
     assert told.end.step == 4
     assert told.end.held_out == -1.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_statistics_of_norms_stand_still_in_the_last_share_of_the_steps(share: float) -> None:
+    means: list[Tensor] = []
+
+    def judge(module: nn.Module) -> float:
+        means.append(dict(module.named_buffers())["norm.running_mean"].clone())
+        return float(len(means))
+
+    fit(small(), "int4-channel", labelled(2), epochs=4, judge=judge, options=FitOptions(frozen_norms=share))
+    moved = [not torch.equal(one, other) for one, other in itertools.pairwise(means[:5])]
+    assert moved == [place < 4 * (1 - share) for place in range(4)]
 
 
 def test_norms_are_estimated_anew_only_where_they_did_not_stand_still() -> None:

@@ -71,6 +71,21 @@ def test_a_rounded_site_is_the_formula_of_its_docstring() -> None:
     torch.testing.assert_close(twin.eval()(x), f.conv2d(x, rounded, bias, stride=2), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["int2-channel", "int2-g9", "int2-tensor"])
+def test_training_rounds_to_the_codes_that_are_deployed_where_gamma_is_negative_too(scheme: str) -> None:
+    """Two bits reach further on one side of 0 than on the other."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    used(net)
+    conv, norm = net
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([-1.0, 0.5, -0.2, 2.0]))
+    model = prepare(net, scheme, example=pictures())
+    deployed = finish(model).weights["0"].dequantize().reshape(4, 3, 3, 3)
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    y = f.conv2d(pictures(seed=3), deployed / factor[:, None, None, None], conv.bias)
+    torch.testing.assert_close(model.train()(pictures(seed=3)), norm.train()(y), rtol=1e-4, atol=1e-4)
+
+
 def test_codes_do_not_depend_on_running_statistics_where_scales_belong_to_rows() -> None:
     model = prepare(small(), "int4-channel", example=pictures())
     before = finish(model)
