@@ -79,6 +79,8 @@ def _short(row: Row) -> str:
 def measure_all(arguments: argparse.Namespace) -> Results:
     """Measure every contestant that was asked for and can be run."""
     results = Results({tool: reason for tool in arguments.tools if (reason := why_not(tool))})
+    if arguments.quick:
+        results.skipped |= {f"all of {' and '.join(SLOW_METHODS)}": "left out by --quick"}
     asked = [one for one in contestants() if _is_asked(one, arguments) and one.tool not in results.skipped]
     for name in dict.fromkeys(one.subject for one in asked):
         note(f"{name}:")

@@ -22,7 +22,10 @@ _LEGEND = """\
   activations, int8 or int4 weights, its preprocessing, its defaults otherwise. NNCF fast, accurate: with fast and with
   full bias correction; torch-: in torch, as its ONNX backend has no 4 bits. torchao: X86InductorQuantizer, per channel,
   fewer bits by a smaller range of codes; trained: 10 epochs of SGD from 0.01, momentum 0.9, cosine.
-- pennyweight nearest: scales from the largest weight, rounded to nearest; ptq: effort normal.
+- pennyweight ptq: quantize_module, effort normal; unequalized: without its cross-layer equalization. qat: train.fit
+  with its defaults. nearest: scales from the largest weight, rounded to nearest, activations in float, no file.
+  minmax: the same in our file, activations by min-max; equalized: after cross-layer equalization. Weights of 3 bits
+  lie in 4 bits each, as ONNX has no such type.
 """
 
 
