@@ -89,7 +89,8 @@ def test_the_bias_of_a_row_of_zeros_is_exact(tmp_path: Path) -> None:
     scales[1] = 1.0
     network = replace(network, weights={**network.weights, "two": replace(network.weights["two"], scales=scales)})
     write_onnx(network, path := tmp_path / "net.onnx")
-    assert codes_apart(network, path) < 1e-3
+    # A sum on the edge between two codes may become either; a bias in whole steps of the input is 15 codes off.
+    assert codes_apart(network, path) < 1.01
     assert torch.equal(read_onnx(path)["two"].dequantize(), network.weights["two"].dequantize())
 
 

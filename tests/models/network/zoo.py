@@ -41,6 +41,8 @@ class Normed(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
         self.norm = nn.BatchNorm2d(4, **options)
         used(self.norm)
+        if self.norm.num_batches_tracked is not None:
+            self.norm.num_batches_tracked += 7
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.norm(self.conv(x)))
@@ -100,6 +102,18 @@ class Residual(nn.Module):
         same = y
         y.mul_(2).add_(1)
         return self.relu(same)
+
+
+class Same(nn.Module):
+    """In eval mode dropout gives the tensor itself, so that what is written into the one is seen in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y + self.drop(y).relu_()
 
 
 class Parts(nn.Module):
@@ -320,6 +334,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "functional": lambda: (Functional(), torch.randn(2, 9, 4)),
     "subclass": lambda: (nn.Sequential(Scaled()), pictures()),
     "in place": lambda: (Residual(), pictures()),
+    "the same tensor": lambda: (Same(), torch.randn(3, 4)),
     "parts": lambda: (Parts(), torch.randn(3, 4)),
     "weight norm": lambda: (nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)), torch.randn(2, 4)),
     "by name": lambda: (Named(), {"scale": torch.randn(2, 4), "x": torch.randn(2, 4)}),
