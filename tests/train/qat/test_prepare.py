@@ -301,3 +301,11 @@ def test_what_cannot_be_prepared_is_named() -> None:
         net.head.weight[0, 0] = torch.nan
     with pytest.raises(WeightError, match=r"head\.weight"):
         prepare(net, "int4-channel", example=x)
+
+
+def test_weights_that_training_has_ruined_are_named() -> None:
+    model = prepare(small(), "int4-channel", example=pictures())
+    with torch.no_grad():
+        model.get_parameter("block.conv1.weight")[0] = torch.inf
+    with pytest.raises(WeightError, match=r"block\.conv1\.weight has become NaN or infinite in training: lower"):
+        finish(model)
