@@ -153,6 +153,16 @@ def test_statistics_of_norms_stand_still_in_the_last_share_of_the_steps(share: f
     assert moved == [place < 4 * (1 - share) for place in range(4)]
 
 
+def test_training_goes_on_from_a_quantized_network() -> None:
+    start = pw.train.finish(pw.train.prepare(small(), "w4a8-channel", example=pictures()))
+    batches, told = labelled(2), Told(stop_after=1)
+    kept = fit(start, None, batches, epochs=1, validation=batches, options=FitOptions(rate=5.0, warm_up=0.0), tell=told)
+    assert told.end is not None
+    assert told.end.step == 0
+    assert all(torch.equal(weight.codes, start.weights[name].codes) for name, weight in kept.weights.items())
+    assert not same(fit(start, None, batches, epochs=1), start)
+
+
 def test_norms_are_estimated_anew_only_where_they_did_not_stand_still() -> None:
     for share, is_reestimated in ((0.0, True), (0.3, False)):
         told = Told()

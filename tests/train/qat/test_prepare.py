@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -218,6 +219,7 @@ def test_sites_can_be_kept_and_given_other_schemes() -> None:
     names = {name: weight.scheme.name for name, weight in quantized.weights.items()}
     assert names == {"stem": "int6-channel-f32", "head": "int8-channel-f32"}
     assert set(quantized.plan.kept) == {"block.conv1", "block.conv2"}
+    assert quantized.plan.changed["stem"] == "int6-channel-f32 in place of int4-channel-f32: ends=int6-channel"
     assert torch.equal(quantized.simulated()(pictures()), model.eval()(pictures()))
 
 
@@ -249,6 +251,22 @@ def test_training_goes_on_from_the_codes_of_a_quantized_network(name: str) -> No
         assert torch.equal(weight.dequantize(), again.weights[site].dequantize())
     assert dict(again.activations) == dict(start.activations)
     assert torch.equal(again.simulated()(pictures()), start.simulated()(pictures()))
+
+
+def test_a_weight_without_elements_stays_in_float() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.none = nn.Linear(4, 3), nn.Linear(4, 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat((self.a(x), self.none(x)), 1)
+
+    with warnings.catch_warnings():
+        # Of torch about the start of a weight without elements.
+        warnings.simplefilter("ignore")
+        net = Empty()
+    assert finish(prepare(net, "int4-channel", example=torch.randn(2, 4))).plan.kept == {"none": "it has no weights"}
 
 
 def test_a_group_that_does_not_fit_becomes_smaller_and_the_plan_says_so() -> None:
@@ -283,3 +301,11 @@ def test_what_cannot_be_prepared_is_named() -> None:
         net.head.weight[0, 0] = torch.nan
     with pytest.raises(WeightError, match=r"head\.weight"):
         prepare(net, "int4-channel", example=x)
+
+
+def test_weights_that_training_has_ruined_are_named() -> None:
+    model = prepare(small(), "int4-channel", example=pictures())
+    with torch.no_grad():
+        model.get_parameter("block.conv1.weight")[0] = torch.inf
+    with pytest.raises(WeightError, match=r"block\.conv1\.weight has become NaN or infinite in training: lower"):
+        finish(model)

@@ -51,3 +51,8 @@ def moved(inputs: Inputs, device: torch.device) -> Inputs:
     """`inputs` with tensors on `device`."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (inputs.args, dict(inputs.kwargs)))
     return Inputs(args, kwargs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its tensors are: all on one device."""
+    return next(model.parameters()).device

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pennyweight.core.errors import WeightError
 from pennyweight.models.network import Network, QuantizedNetwork, fold_batch_norms
 from pennyweight.models.network.network import with_weight
+from pennyweight.schemes import QuantizedWeight
 from pennyweight.train.qat.folded import folded_matrix
 from pennyweight.train.qat.norms import reestimate_norms
 from pennyweight.train.qat.prepared import (
     Preparation,
+    TrainedSite,
     activation_roundings,
     copied,
     preparation_of,
@@ -28,7 +31,8 @@ def finish(model: nn.Module, *, calibration: Iterable[Any] | None = None) -> Qua
 
     With `calibration`, batches of inputs, the statistics of batch norms are first estimated anew with the weights as
     they are now. Batch norms are folded. `finish(model).simulated()` computes what `model.eval()` does.
-    Raises UsageError for another module, DataError where `calibration` yields nothing.
+    Raises UsageError for another module, DataError where `calibration` yields nothing, WeightError for weights that
+    training has made NaN.
     """
     inner = unwrapped(model)
     if calibration is not None:
@@ -37,13 +41,19 @@ def finish(model: nn.Module, *, calibration: Iterable[Any] | None = None) -> Qua
     preparation = preparation_of(inner)
     with torch.no_grad():
         network = _float(inner, preparation)
-        weights = {
-            trained.site.name: trained.rounding.quantized(trained.matrix, trained.rows)
-            for trained in trained_sites(inner)
-        }
+        weights = {trained.site.name: _quantized(trained) for trained in trained_sites(inner)}
         found = {name: module.parameters_ for name, module in activation_roundings(inner).items()}
     activations = {value: found[source] for value, source in preparation.sources.items() if source in found}
     return QuantizedNetwork(network, weights, activations, preparation.plan)
+
+
+def _quantized(trained: TrainedSite) -> QuantizedWeight:
+    if not bool(trained.matrix.isfinite().all()):
+        raise WeightError(
+            f"{trained.site.parameter} has become NaN or infinite in training: lower the learning rate, or clip "
+            "gradients"
+        )
+    return trained.rounding.quantized(trained.matrix, trained.rows)
 
 
 def _float(model: fx.GraphModule, preparation: Preparation) -> Network:

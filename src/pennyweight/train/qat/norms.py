@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pennyweight.core.errors import DataError
-from pennyweight.train.qat.batches import checked, moved
-from pennyweight.train.qat.prepared import PreparedNorm, device_of, preparation_of, prepared_norms, unwrapped
+from pennyweight.train.qat.batches import checked, device_of, moved
+from pennyweight.train.qat.prepared import PreparedNorm, preparation_of, prepared_norms, unwrapped
 from pennyweight.train.qat.statistics import Pool
 
 

@@ -33,7 +33,7 @@ def follow_codes(model: nn.Module, *, freeze_above: float | None = None, momentu
     Called after each step. `freeze_above` is the frequency of turns at which codes are frozen from now on (0.04 falling
     to 0.01 over the training, say), None for none. What is frozen is no longer counted as oscillating.
     """
-    weights, oscillating, frozen = 0, 0, 0
+    weights, counts = 0, []
     for trained in trained_sites(model):
         history = trained.rounding.history
         if history is None:
@@ -43,9 +43,12 @@ def follow_codes(model: nn.Module, *, freeze_above: float | None = None, momentu
             history.freeze_(freeze_above)
         is_frozen = history.fixed != FREE
         weights += is_frozen.numel()
-        frozen += int(is_frozen.sum())
-        oscillating += int(((history.frequency > OSCILLATING) & ~is_frozen).sum())
-    return Oscillations(oscillating / max(1, weights), frozen / max(1, weights))
+        counts.append(torch.stack([((history.frequency > OSCILLATING) & ~is_frozen).sum(), is_frozen.sum()]))
+    if not counts:
+        return Oscillations(0.0, 0.0)
+    # Asked once: each answer is waited for on a device.
+    oscillating, frozen = torch.stack(counts).sum(0).tolist()
+    return Oscillations(oscillating / weights, frozen / weights)
 
 
 def dampening(model: nn.Module) -> Tensor:

@@ -66,18 +66,20 @@ def _uniform(network: Network, scheme: Scheme, decided: Mapping[str, Decided]) -
     if why := why_not_trained(scheme):
         raise UsageError(why)
     shapes = {site.name: site.matrix_shape for site in network.sites}
-    plan = uniform_plan({name: shape for name, shape in shapes.items() if name not in decided}, scheme, _takes_all)
-    schemes, kept = dict(plan.schemes), dict(plan.kept)
+
+    def why_not(scheme: Scheme, site: str) -> str | None:
+        return "it has no weights" if 0 in shapes[site] else None
+
+    plan = uniform_plan({name: shape for name, shape in shapes.items() if name not in decided}, scheme, why_not)
+    schemes, kept, changed = dict(plan.schemes), dict(plan.kept), dict(plan.changed)
     for name, one in decided.items():
         if one.scheme is None:
             kept[name] = one.reason
         else:
             schemes[name] = one.scheme.with_scale_dtype(torch.float32)
-    return replace(plan, schemes={name: schemes[name] for name in shapes if name in schemes}, kept=kept)
-
-
-def _takes_all(scheme: Scheme, site: str) -> str | None:
-    return None
+            changed[name] = f"{schemes[name]} in place of {scheme}: {one.reason}"
+    in_order = {name: schemes[name] for name in shapes if name in schemes}
+    return replace(plan, schemes=in_order, kept=kept, changed=changed)
 
 
 def _decided(network: Network, keep: Sequence[str], at: Sequence[str], ends: str | None) -> dict[str, Decided]:

@@ -13,7 +13,7 @@ from pennyweight.models.network import Network, QuantizedNetwork, capture, fold_
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes.activation import NetworkScheme
 from pennyweight.train.qat.activations import ActivationRounding, DynamicRounding
-from pennyweight.train.qat.batches import example_of
+from pennyweight.train.qat.batches import device_of, example_of
 from pennyweight.train.qat.codes import start_from_codes_
 from pennyweight.train.qat.folded import norms_of, start_sizes
 from pennyweight.train.qat.options import QatOptions
@@ -56,7 +56,7 @@ def prepare(
     wanted = planned(folded, _scheme(scheme, start), keep=keep, at=at, ends=options.ends)
     weights = _weights(network, wanted.plan, start, options)
     edges = _edges(folded, wanted, start, batches)
-    model = rewritten(network, wanted, weights, edges)
+    model = rewritten(network, wanted, weights, edges).to(device_of(network.graph))
     if start is not None:
         start_from_codes_(model, start)
     return model
@@ -97,12 +97,12 @@ def _weights(
         scheme = plan.schemes.get(site.name)
         if scheme is None:
             continue
-        matrix = site.matrix(network.weight(site).detach())
+        matrix = site.matrix(network.weight(site).detach().cpu())
         if not bool(matrix.isfinite().all()):
             raise WeightError(f"{site.parameter} has NaN or infinity: train from weights that are finite")
         if site.name in norms:
             _, norm = norms[site.name]
-            matrix = matrix * start_sizes(norm, scheme)[:, None]
+            matrix = matrix * start_sizes(norm, scheme).cpu()[:, None]
         given = None if start is None else start.weights.get(site.name)
         is_same = given is not None and given.scheme == scheme
         parameters = given.parameters if given is not None and is_same else weight_start(matrix, scheme, options.start)

@@ -70,11 +70,6 @@ def preparation_of(model: nn.Module) -> Preparation:
     return found
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where its tensors are: all on one device."""
-    return next(model.parameters()).device
-
-
 @dataclass(frozen=True)
 class PreparedNorm:
     """A batch norm of a prepared network with its tensors as they are now."""

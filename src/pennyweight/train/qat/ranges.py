@@ -17,7 +17,7 @@ from pennyweight.schemes.activation import ActivationParameters, ActivationSchem
 from pennyweight.schemes.quantized import grouped
 from pennyweight.stats.histogram import Histogram
 from pennyweight.stats.ranges.mse import Mse
-from pennyweight.train.qat.batches import checked
+from pennyweight.train.qat.batches import checked, device_of, moved
 from pennyweight.train.qat.options import WeightStart
 
 
@@ -59,7 +59,8 @@ def edge_starts(
     place = -1
     with torch.no_grad():
         for place, batch in enumerate(batches):
-            given = checked(network, batch, place=f"calibration batch {place}").inputs
+            inputs = checked(network, batch, place=f"calibration batch {place}").inputs
+            given = moved(inputs, device_of(graph))
             graph(*given.args, **given.kwargs)
     if place < 0:
         raise DataError("calibration yields no batches: give at least one, or leave it out and give an example")

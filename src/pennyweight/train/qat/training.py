@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 
 from pennyweight.core.errors import DataError, TrainingError
 from pennyweight.models.network.network import Inputs
-from pennyweight.train.qat.batches import checked, moved
+from pennyweight.train.qat.batches import checked, device_of, moved
 from pennyweight.train.qat.groups import optimizer_of
 from pennyweight.train.qat.norms import freeze_norms
 from pennyweight.train.qat.objective import logits_of
 from pennyweight.train.qat.options import FitOptions
 from pennyweight.train.qat.oscillation import Oscillations, dampening, follow_codes
-from pennyweight.train.qat.prepared import Preparation, device_of, preparation_of
+from pennyweight.train.qat.prepared import Preparation, preparation_of
 from pennyweight.train.qat.randomness import own_stream
 from pennyweight.train.qat.schedule import Schedule
 
