@@ -63,7 +63,6 @@ class Asked:
     activations: Mapping[str, ActivationParameters] = field(default_factory=dict)
     has_bias: bool = True
     seed: int = 0
-    is_centred: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class _Work:
         for site in network.sites:
             if site.name in asked.schemes:
                 self._first.setdefault(site.nodes[0], []).append(site)
-        self._again = moments_of_float(network, batches, self._sites_called_again(), self._wanted(None), shelf)
+        self._again = moments_of_float(network, batches, self._sites_called_again(), self._wanted(), shelf)
         # Nodes of rounded sites; and values that differ between the networks: others are computed once.
         self._rounded_nodes: set[str] = set()
         self._changed: set[str] = set()
@@ -161,13 +160,10 @@ class _Work:
         if len(site.nodes) > 1:
             return self._again.get(site.name)
         rounded = self.rounded if self._changed else self.float
-        return moments_of(site, site.nodes[0], rounded, self.float, self._wanted(site))
+        return moments_of(site, site.nodes[0], rounded, self.float, self._wanted())
 
-    def _wanted(self, site: NetworkSite | None) -> Wanted:
-        has_cross = "cross" in self.asked.solver.solver.needs
-        return Wanted(
-            has_cross, site is not None and self.asked.is_centred and self._is_corrected(site), self.asked.seed
-        )
+    def _wanted(self) -> Wanted:
+        return Wanted("cross" in self.asked.solver.solver.needs, self.asked.seed)
 
     def _is_corrected(self, site: NetworkSite) -> bool:
         """Whether its bias is its own, and may be changed."""
@@ -186,7 +182,7 @@ class _Work:
         axis = channel_axis(modules[0])
         shift = mean_shift(original, rounded, axis) if self._is_corrected(site) else None
         notes = self.records[site.name].notes
-        if shift is not None:
+        if shift is not None and shift.any():
             notes = notes if modules[0].bias is not None else (*notes, "a bias was made for it")
             for module in modules:
                 add_bias_(module, shift)
@@ -212,10 +208,7 @@ def moments_of_float(
     for site in sites:
         for name in site.nodes:
             users.setdefault(name, []).append(site)
-    collectors = {
-        site.name: Collector(site.groups, site.matrix_shape[1], has_cross=wanted.has_cross, is_centred=False)
-        for site in sites
-    }
+    collectors = {site.name: Collector(site.groups, site.matrix_shape[1], has_cross=wanted.has_cross) for site in sites}
     walk, found = Walk(network, batches, shelf), set[str]()
     for name, node in walk.nodes.items():
         for site in users.get(name, []):
