@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pennyweight.core.errors import DataError
 from pennyweight.models.network.network import Inputs, Network, NetworkSite, with_weight
-from pennyweight.pipeline.network.bias import add_bias_, channel_axis, mean_shift, shifted
+from pennyweight.pipeline.network.bias import add_bias_, channel_axis, function_behind, output_shift, shifted
 from pennyweight.pipeline.network.moments import Collector, Moments
 from pennyweight.pipeline.network.reading import Wanted, add_rows, moments_of
 from pennyweight.pipeline.network.shelf import Shelf
@@ -33,8 +33,8 @@ class SiteRecord:
     """How one site fared.
 
     error, error_nearest  see SolvedWeight
-    output_error          |y - ŷ|² / |y|² of what the site gives: y in the float network, ŷ behind everything that is
-                          rounded before it, its bias corrected; None where it was not looked at
+    output_error          |y - ŷ|² / |y|² of what the site gives, behind the function that follows it (ReLU): y in the
+                          float network, ŷ where all before is rounded and its bias corrected; None where unseen
     rows                  rows of inputs that its Hessian was made of
     bias_shift            largest correction of its bias, None without one
     """
@@ -179,8 +179,8 @@ class _Work:
             return rounded
         path = str(self.float.nodes[name].target)
         modules = [network.graph.get_submodule(path) for network in (self.corrected, self.rounded.network)]
-        axis = channel_axis(modules[0])
-        shift = mean_shift(original, rounded, axis) if self._is_corrected(site) else None
+        axis, behind = channel_axis(modules[0]), function_behind(self.float.nodes[name])
+        shift = output_shift(original, rounded, axis, behind) if self._is_corrected(site) else None
         notes = self.records[site.name].notes
         if shift is not None and shift.any():
             notes = notes if modules[0].bias is not None else (*notes, "a bias was made for it")
@@ -190,7 +190,7 @@ class _Work:
             self.rounded.put(name, rounded)
         self.records[site.name] = replace(
             self.records[site.name],
-            output_error=relative_error(original, rounded),
+            output_error=relative_error(map(behind, original), map(behind, rounded)),
             bias_shift=None if shift is None else float(shift.abs().max()),
             notes=notes,
         )
@@ -219,10 +219,12 @@ def moments_of_float(
     return {name: collector.finished() for name, collector in collectors.items() if name in found}
 
 
-def relative_error(original: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
+def relative_error(original: Iterable[Tensor], rounded: Iterable[Tensor]) -> float:
     """|y - ŷ|² / |y|² over all batches, in float64 sums; 0 where y is."""
-    total = sum(float(y.double().square().sum()) for y in original)
-    away = sum(float((y - other).double().square().sum()) for y, other in zip(original, rounded, strict=True))
+    total, away = 0.0, 0.0
+    for y, other in zip(original, rounded, strict=True):
+        total += float(y.square().sum(dtype=torch.float64))
+        away += float((y - other).square().sum(dtype=torch.float64))
     return away / total if total else 0.0
 
 
