@@ -40,6 +40,7 @@ _NNCF = (("nncf", "minmax"), ("nncf", "fast"))
 _TORCHAO = (("torchao", "minmax"), ("torchao", "histogram"))
 _PTQ, _QAT, _NEAREST = (OURS, "ptq"), (OURS, "qat"), (OURS, "nearest")
 _TRAINED = ("torchao", "trained")
+_UNEQUALIZED = tuple((OURS, method) for method in ("minmax", "minmax-equalized", "ptq-unequalized"))
 # What is asked for weights alone, with activations left in float.
 _WEIGHTS = (("nncf", "compress"), ("torchao", "minmax"))
 
@@ -55,7 +56,7 @@ _ASKED: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "w2-channel": (("onnxruntime", "minmax"), *_WEIGHTS, _TRAINED, _NEAREST, _PTQ, _QAT),
     },
     "resnet20-spread": {
-        "w8a8-tensor": (*_STATIC, _ENTROPY, *_NNCF, _ACCURATE, *_TORCHAO, (OURS, "ptq-unequalized"), _PTQ),
+        "w8a8-tensor": (*_STATIC, _ENTROPY, *_NNCF, _ACCURATE, *_TORCHAO, *_UNEQUALIZED, _PTQ),
     },
     "mobilenetv2": {
         "w8a8-channel": (*_STATIC, *_NNCF, *_TORCHAO, _PTQ),

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnxruntime
 
+from benchmarks.vision.feeds import fed, names_of
 from benchmarks.vision.problem import Arrays
 
 THREADS = (1, 2)
@@ -32,14 +33,13 @@ def latencies(files: Mapping[str, Path], inputs: Arrays, *, threads: int, rounds
               ) -> dict[str, Latency]:  # fmt: skip
     """Of each of `files` with `inputs`, which hold a batch of 1; `reference` names the one that ratios are to."""
     sessions = {name: _session(file, threads) for name, file in files.items()}
-    for session in sessions.values():
-        session.run(None, inputs)
+    feeds = {name: fed(names_of(session), inputs) for name, session in sessions.items()}
     turns: dict[str, list[float]] = {name: [] for name in files}
     for round_ in range(rounds):
         # Whoever comes after a slow file finds other caches: the order turns.
         order = list(files)[round_ % len(files) :] + list(files)[: round_ % len(files)]
         for name in order:
-            turns[name].append(_turn(sessions[name], inputs))
+            turns[name].append(_turn(sessions[name], feeds[name]))
     return {name: _latency(times, turns[reference]) for name, times in turns.items()}
 
 

@@ -4,6 +4,8 @@
 
 ptq               quantize_module on the calibration inputs, effort normal
 ptq-unequalized   the same without cross-layer equalization
+minmax            our file of weights and activations with ranges by min-max, rounded to nearest, nothing corrected
+minmax-equalized  the same after cross-layer equalization
 qat               train.fit with its defaults on the training pictures and their labels
 nearest           no method at all: per-channel scales from the largest weight, rounding to nearest; no file
 """
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.vision.schemes import NetworkScheme
-from benchmarks.vision.problem import BATCH, MODEL_FILE, OUTPUTS_FILE, Problem, Run, of_onnx, of_torch
+from benchmarks.vision.feeds import fed, names_of
+from benchmarks.vision.problem import BATCH, MODEL_FILE, OUTPUTS_FILE, Problem, Run, of_torch
 from benchmarks.vision.training import Pictures
 
 if TYPE_CHECKING:
@@ -86,11 +89,36 @@ def _written(result: QuantizedModule) -> Made:
         "sizes": dict(record.sizes),
     }
     assert result.out is not None
-    return Made(of_onnx(result.out / MODEL_FILE), said)
+    return Made(_of_file(result.out / MODEL_FILE), said)
+
+
+def _of_file(file: Path) -> Run:
+    """For `Problem.outputs`: our file in ONNX Runtime, as its user gets it."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names, wanted = names_of(session), session.get_outputs()[0].name
+    return lambda batch: session.run([wanted], fed(names, batch))[0]
 
 
 def _unequalized(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
     return _calibrated(problem, out, scheme, equalize=False)
+
+
+def _minmax(problem: Problem, out: Path, scheme: NetworkScheme, *, equalize: bool = False) -> Made:
+    import pennyweight as pw
+    from pennyweight.evaluate.network.quantize import captured
+    from pennyweight.pipeline.network.options import NetworkOptions
+    from pennyweight.pipeline.network.quantize import quantize_network
+
+    network, batches = captured(problem.network(), _Batches(problem), None)
+    options = NetworkOptions(_scheme_name(scheme), solver="nearest", fit="minmax", ranges="minmax", equalize=equalize)
+    result = quantize_network(network, batches, options)
+    return _written(pw.save_module(result.quantized, out, calibration=_Batches(problem)))
+
+
+def _minmax_equalized(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
+    return _minmax(problem, out, scheme, equalize=True)
 
 
 def _trained(problem: Problem, out: Path, scheme: NetworkScheme) -> Made:
@@ -135,6 +163,8 @@ def fold_batch_norms_(net: nn.Module) -> None:
 METHODS: dict[str, Callable[[Problem, Path, NetworkScheme], Made]] = {
     "ptq": _calibrated,
     "ptq-unequalized": _unequalized,
+    "minmax": _minmax,
+    "minmax-equalized": _minmax_equalized,
     "qat": _trained,
     "nearest": _nearest,
 }
@@ -158,10 +188,14 @@ def quantize(arguments: argparse.Namespace, clock: common.Clock) -> dict[str, An
 def mismatches(problem: Problem, file: Path) -> dict[str, Any]:
     """Output values of ONNX Runtime and of our simulation of its integers on the first judged inputs: how many there
     are, how many differ, and the first layer that does."""
+    import onnxruntime
+
     from pennyweight.evaluate.onnx.integer.agreement import compare_layers
 
     numbers = sum(values[0].size for values in problem.arrays("judged").values())
-    found = compare_layers(file, next(problem.batches("judged", size=min(BATCH, max(1, _COMPARED // numbers)))))
+    inputs = next(problem.batches("judged", size=min(BATCH, max(1, _COMPARED // numbers))))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found = compare_layers(file, fed(names_of(session), inputs))
     first = found.first
     return {
         "outputs": found.elements,

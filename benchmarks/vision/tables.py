@@ -10,6 +10,7 @@ from benchmarks.vision.latency import THREADS
 from benchmarks.vision.rows import Row
 from benchmarks.vision.targets import Finding
 
+_MESSAGE = 240
 _LEGEND = """\
 - less float: the difference in points ± its standard error over the same pictures.
 - bytes: of the ONNX file; none where a tool writes none (torchao; NNCF in torch), whose own graph was judged instead.
@@ -44,8 +45,15 @@ def section(name: str, figure: str, about: str, rows: Sequence[Row]) -> str:
         head += [f"ms, {threads} thread{'s' * (threads > 1)}", "x float"]
     whole = next((row.size_bytes for row in rows if row.tool == "float"), None)
     lines = [_line(row, beside, whole) for row in rows if row.refused is None]
-    refusals = [f"- {row.scheme}, {row.tool} {row.method}: refused: {row.refused}" for row in rows if row.refused]
-    return "\n".join([f"## {name}\n", f"{about[:1].upper()}{about[1:]}.\n", table(head, lines), "", *refusals, ""])
+    refusals = [f"- {row.scheme}, {row.tool} {row.method}: {_shortened(row.refused)}" for row in rows if row.refused]
+    if refusals:
+        refusals = ["No result:", "", *refusals, ""]
+    return "\n".join([f"## {name}\n", f"{about[:1].upper()}{about[1:]}.\n", table(head, lines), "", *refusals])
+
+
+def _shortened(message: str) -> str:
+    """Messages of runtimes hold whole signatures; the .json has all of it."""
+    return message if len(message) <= _MESSAGE else f"{message[:_MESSAGE]} ..."
 
 
 def _line(row: Row, beside: Sequence[str], whole: int | None) -> list[str]:

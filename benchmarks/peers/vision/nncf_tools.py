@@ -61,8 +61,8 @@ def _quantized(problem: Problem, model: Any, items: list[Any], *, method: str, s
 
 
 def _compressed(model: Any, scheme: NetworkScheme) -> Any:
-    modes = {8: nncf.CompressWeightsMode.INT8_SYM, 4: nncf.CompressWeightsMode.INT4_SYM}
-    if scheme.activations is not None or scheme.weights not in modes:
-        raise ValueError(f"compress_weights has no mode for this scheme; its modes: {list(nncf.CompressWeightsMode)}")
+    if scheme.activations is not None:
+        raise ValueError("compress_weights leaves activations in float")
+    mode = nncf.CompressWeightsMode[f"INT{scheme.weights}_SYM"]
     options: dict[str, Any] = {} if scheme.weights == 8 else {"group_size": scheme.group or -1}
-    return nncf.compress_weights(model, mode=modes[scheme.weights], **options)
+    return nncf.compress_weights(model, mode=mode, **options)

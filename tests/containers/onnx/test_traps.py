@@ -54,7 +54,12 @@ def line(scheme: str = "w8a8-channel", *, keep: tuple[str, ...] = (), edit: str 
         net.two.weight.mul_(torch.tensor([1.0, 1e-2, 1e-3, 1.0])[:, None, None, None])
         if edit == "dead":
             net.two.weight[1] = 0
+            # Far from every multiple of the scale of the input, 6 / 255.
             net.two.bias[1] = 0.0123  # type: ignore[index]
+            net.three.weight[:, 1] = 10.0
+        if edit == "clamp":
+            # Values on both sides of 6.
+            net.one.bias.copy_(torch.tensor([5.5, 7.0, 0.1, -3.0]))  # type: ignore[union-attr]
         if edit == "large":
             net.two.weight[1] = 1e-12
             net.two.bias[1] = 0.5  # type: ignore[index]
@@ -80,6 +85,9 @@ def test_a_site_kept_in_float_between_rounded_values_stays_so(tmp_path: Path, mo
 
 def test_the_bias_of_a_row_of_zeros_is_exact(tmp_path: Path) -> None:
     network = line(edit="dead")
+    scales = network.weights["two"].scales.clone()
+    scales[1] = 1.0
+    network = replace(network, weights={**network.weights, "two": replace(network.weights["two"], scales=scales)})
     write_onnx(network, path := tmp_path / "net.onnx")
     assert codes_apart(network, path) < 1e-3
     assert torch.equal(read_onnx(path)["two"].dequantize(), network.weights["two"].dequantize())
@@ -109,12 +117,9 @@ def test_bias_codes_are_multiples_of_both_scales() -> None:
 
 @pytest.mark.parametrize("high", [6.0, 9.0])
 def test_a_clamp_goes_only_where_rounding_clamps_as_it_does(high: float, tmp_path: Path) -> None:
-    network = line()
+    network = line(edit="clamp")
     wide = dict(network.activations) | {"relu6": ActivationScheme().parameters(0.0, high)}
-    # Weights so large that the clamp is felt.
     network = replace(network, activations=wide)
-    with torch.no_grad():
-        network.network.graph.get_parameter("one.bias").copy_(torch.tensor([5.5, 7.0, 0.1, -3.0]))
     write_onnx(network, path := tmp_path / "net.onnx")
     assert codes_apart(network, path) < 1.01
     # The convolution before the clamp is one of integers either way.

@@ -94,6 +94,10 @@ def test_the_record_has_every_site_and_edge(w8a8: Any) -> None:
     assert record["network"]["inputs"] == {"x": {"dtype": "float32", "shape": [None, 1, 8, 8]}}
     assert record["recipe"]["samples"] == 256
     assert record["sizes"]["file_bytes"] < record["sizes"]["float_file_bytes"]
+    # On a processor without VNNI the runtime saturates otherwise, and the layer is named.
+    assert record["integers"]["elements"] == 40
+    assert record["integers"]["failed"] is None
+    assert (record["integers"]["mismatches"] == 0) == (record["integers"]["first"] is None)
     assert pw.verify(w8a8.out)["verified"] == "full"
 
 
@@ -124,10 +128,10 @@ def test_sites_can_be_kept_and_given_a_scheme(net: nn.Module) -> None:
 
 def test_a_size_bounds_the_file(net: nn.Module, loader: list[Any], tmp_path: Path) -> None:
     found = pw.quantize_module(
-        net, scheme="int8-channel", calibration=loader, size="14KB", out=tmp_path / "out", effort="fast"
+        net, scheme="int8-channel", calibration=loader, size="16KB", out=tmp_path / "out", effort="fast"
     )
-    assert (tmp_path / "out" / "model.onnx").stat().st_size <= 14_000
-    assert found.record.recipe.budget == "size=14000"
+    assert (tmp_path / "out" / "model.onnx").stat().st_size <= 16_000
+    assert found.record.recipe.budget == "size=16000"
     with pytest.raises(BudgetError):
         pw.quantize_module(
             net, scheme="int8-channel", calibration=loader, size="1KB", out=tmp_path / "b", effort="fast"

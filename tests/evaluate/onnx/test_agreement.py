@@ -183,3 +183,21 @@ def test_several_outputs_are_compared_each(tmp_path: Path) -> None:
     )
     assert [output.elements for output in found.outputs] == [32, 4]
     assert all(output.holds for output in found.outputs)
+
+
+class Masked(nn.Module):
+    """Attention's way with a mask: what is left out is as low as its type goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (self.line(x) + (1 - mask) * torch.finfo(torch.float32).min).softmax(-1)
+
+
+def test_numbers_that_stand_for_infinity_drown_no_others() -> None:
+    example = (torch.randn(4, 8), torch.tensor([1.0, 1, 1, 1, 0, 0]).expand(4, 6).contiguous())
+    quantized = nearest(Masked(), example, "int8-channel")
+    [allowed] = allowed_errors(quantized, quantized.simulated(), [Inputs.of(example)])
+    assert 2**-20 < allowed < 1e-4

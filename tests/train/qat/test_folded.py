@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor, nn
 
-from pennyweight.models.network import capture
+from pennyweight.models.network import capture, fold_batch_norms
 from pennyweight.train.qat.finish import finish
 from pennyweight.train.qat.norms import freeze_norms, reestimate_norms
 from pennyweight.train.qat.prepare import prepare
@@ -57,23 +57,33 @@ def test_a_rounded_site_is_the_formula_of_its_docstring() -> None:
     conv, norm = net
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
-    model = prepare(net, "int3-tensor", example=pictures())
+    model, twin = (prepare(net, "int3-tensor", example=pictures()) for _ in range(2))
     [trained] = trained_sites(model)
     factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
     folded = conv.weight.detach() * factor[:, None, None, None]
-    step = trained.rounding.step.detach() * trained.rounding.sign
+    step = trained.rounding.unit
     rounded = (folded / step).round().clamp(-4, 3) * step
     x = pictures(seed=3)
     safe = torch.where(factor == 0, 1, factor)
     y = f.conv2d(x, rounded, stride=2) / safe[:, None, None] + conv.bias.detach()[:, None, None]
     torch.testing.assert_close(model.train()(x), copy.deepcopy(norm).train()(y), rtol=1e-4, atol=1e-5)
     bias = norm.bias + (conv.bias - norm.running_mean) * factor
-    torch.testing.assert_close(
-        prepare(net, "int3-tensor", example=pictures()).eval()(x),
-        f.conv2d(x, rounded, bias, stride=2),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    torch.testing.assert_close(twin.eval()(x), f.conv2d(x, rounded, bias, stride=2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int2-channel", "int2-g9", "int2-tensor"])
+def test_training_rounds_to_the_codes_that_are_deployed_where_gamma_is_negative_too(scheme: str) -> None:
+    """Two bits reach further on one side of 0 than on the other."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    used(net)
+    conv, norm = net
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([-1.0, 0.5, -0.2, 2.0]))
+    model = prepare(net, scheme, example=pictures())
+    deployed = finish(model).weights["0"].dequantize().reshape(4, 3, 3, 3)
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    y = f.conv2d(pictures(seed=3), deployed / factor[:, None, None, None], conv.bias)
+    torch.testing.assert_close(model.train()(pictures(seed=3)), norm.train()(y), rtol=1e-4, atol=1e-4)
 
 
 def test_codes_do_not_depend_on_running_statistics_where_scales_belong_to_rows() -> None:
@@ -122,8 +132,10 @@ def test_estimated_statistics_are_those_of_all_batches_together() -> None:
     sign = torch.where(net[1].weight < 0, -1, 1)
     y = f.conv2d(torch.cat(batches), (matrix / (trained.rows * sign)[:, None]).reshape(4, 3, 3, 3), net[0].bias)
     norm = prepared_norms(model)["1"].tensors
-    torch.testing.assert_close(norm.mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(norm.variance, y.transpose(0, 1).flatten(1).var(1), rtol=1e-4, atol=1e-5)
+    # What is deployed of the channel that is switched off is 0.
+    on = net[1].weight != 0
+    torch.testing.assert_close(norm.mean[on], y.mean((0, 2, 3))[on], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.variance[on], y.transpose(0, 1).flatten(1).var(1)[on], rtol=1e-4, atol=1e-5)
     after = finish(model)
     assert torch.equal(after.weights["0"].codes, before.weights["0"].codes)
 
@@ -159,7 +171,6 @@ def test_a_norm_that_averages_over_all_batches_still_follows_them() -> None:
 def test_values_keep_the_names_of_the_folded_network() -> None:
     net = small()
     model = prepare(net, "int4-channel", example=pictures())
-    from pennyweight.models.network import fold_batch_norms
 
     folded = {
         node.name for node in fold_batch_norms(capture(net, pictures())).graph.graph.nodes if node.op != "get_attr"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pennyweight.formats import NumberFormat, number_format
 from pennyweight.formats.integer import Int
-from pennyweight.train.qat.lsq import FREE, Grid, gradient_factor, held_above, passed_through, rounded
+from pennyweight.train.qat.lsq import FREE, Grid, gradient_factor, passed_through, rounded, sized
 
 # Sums of a few float64 numbers in another order.
 CLOSE = 1e-12
@@ -124,12 +124,27 @@ def test_numbers_are_computed_in_the_type_of_the_reader() -> None:
 
 
 def test_a_step_is_held_above_its_least_but_its_gradient_passes() -> None:
-    step = torch.tensor([-1.0, 0.5], requires_grad=True)
-    held = held_above(step, torch.tensor([0.01, 0.01]), 0.25)
-    assert held.tolist() == [pytest.approx(0.01), 0.5]
-    held.sum().backward()
+    step, unit = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True), torch.tensor([0.1, 0.2, -4.0])
+    made = sized(step, unit, least=0.25, factor=0.5)
+    assert made.tolist() == pytest.approx([0.025, 0.1, -8.0])
+    made.sum().backward()
     assert step.grad is not None
-    assert step.grad.tolist() == [0.25, 0.25]
+    assert step.grad.tolist() == pytest.approx([5.0, 2.5, -0.125])
+
+
+def test_a_step_of_sgd_moves_a_scale_as_lsq_does_whatever_its_unit() -> None:
+    """s <- s - r g ds, the same for a step in units of 1 and of its own size."""
+    x, grid = torch.randn(40, generator=torch.Generator().manual_seed(0)), Grid(Int(4))
+    ends = []
+    for unit in (1.0, 0.3):
+        step = torch.tensor(0.3 / unit, requires_grad=True)
+        for _ in range(3):
+            scale = sized(step, torch.tensor(unit), least=0.0, factor=0.05)
+            [slope] = torch.autograd.grad((rounded(x, scale, None, None, grid) - x).square().sum(), step)
+            step = (step.detach() - 0.1 * slope).requires_grad_()
+        ends.append(float(step.detach()) * unit)
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+    assert ends[0] != pytest.approx(0.3, rel=1e-3)
 
 
 def test_the_factor_of_the_gradient_is_lsq_s() -> None:

@@ -45,8 +45,9 @@ def test_what_is_finished_computes_what_the_trained_network_does_bit_for_bit(sch
     model = trained(prepare(small(), scheme, example=pictures())).eval()
     x = pictures(seed=8)
     simulated = finish(model).simulated()
-    assert torch.equal(simulated(x), model(x))
-    assert not torch.equal(model(x), small()(x))
+    with torch.no_grad():
+        assert torch.equal(simulated(x), model(x))
+        assert not torch.equal(model(x), small()(x))
 
 
 @pytest.mark.parametrize("scheme", ["int4-channel", "w8a8-tensor"])
@@ -118,12 +119,18 @@ def test_a_copy_is_trained_by_itself() -> None:
     assert torch.equal(finish(twin).simulated()(pictures()), twin.eval()(pictures()))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch's own compiler
-def test_a_compiled_network_trains_alike(backend: str) -> None:
+# What "aot_eager" computes in another order, rounding of activations may turn into a step's difference. It computes
+# things again for the backward pass, when running statistics have changed.
+@pytest.mark.parametrize(
+    ("backend", "scheme"), [("eager", "w4a8-channel"), ("aot_eager", "int4-channel"), ("aot_eager", "int3-tensor")]
+)
+# Of torch's own compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_network_trains_alike(backend: str, scheme: str) -> None:
     """In one graph, without breaks; frozen codes included, which change between its calls."""
     torch._dynamo.reset()
-    model = prepare(small(), "w4a8-channel", example=pictures())
+    model = prepare(small(), scheme, example=pictures())
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=backend, fullgraph=True)
     for place in range(2):
@@ -198,7 +205,8 @@ def test_a_zero_point_is_learnt_only_where_there_are_numbers_below_zero() -> Non
 def test_ranges_start_from_calibration() -> None:
     wide = prepare(small(), "w8a8-channel", calibration=[(3 * pictures(), torch.zeros(12)), (pictures(), None)])
     narrow = prepare(small(), "w8a8-channel", example=pictures())
-    assert activation_roundings(wide)["relu"].step > 1.5 * activation_roundings(narrow)["relu"].step
+    scales = [activation_roundings(model)["relu"].parameters_.scale for model in (wide, narrow)]
+    assert scales[0] > 1.5 * scales[1]
 
 
 def test_sites_can_be_kept_and_given_other_schemes() -> None:
@@ -225,15 +233,11 @@ def test_a_plan_is_followed() -> None:
 def test_scales_start_as_is_asked(start: Any) -> None:
     model = prepare(nn.Linear(8, 3), "int4-channel", example=torch.randn(2, 8), options=QatOptions(start=start))
     [site] = trained_sites(model)
-    mean = site.matrix.detach().abs().mean(1, keepdim=True)
-    wanted = {
-        "lsq": 2 * mean / 7**0.5,
-        "minmax": torch.maximum(site.matrix.amax(1) / 7, -site.matrix.amin(1) / 8)[:, None],
+    w, scale = site.matrix.detach(), finish(model).weights[site.site.name].scales[:, 0]
+    wanted = {"lsq": 2 * w.abs().mean(1) / 7**0.5, "minmax": torch.maximum(w.amax(1) / 7, -w.amin(1) / 8)}
+    assert {name: torch.allclose(scale, one) for name, one in wanted.items()} == {
+        name: name == start for name in wanted
     }
-    if start in wanted:
-        torch.testing.assert_close(site.rounding.step.detach(), wanted[start].detach())
-    else:
-        assert not any(torch.allclose(site.rounding.step, other) for other in wanted.values())
 
 
 @pytest.mark.parametrize("name", ["int4-channel", "int2-tensor", "nf4-channel", "w3a8-channel-asym"])
@@ -265,8 +269,8 @@ def test_what_cannot_be_prepared_is_named() -> None:
         prepare(net, "q4_k", example=x)
     with pytest.raises(UsageError, match="--keep \\*.conv3: no site"):
         prepare(net, "int4-channel", example=x, keep=["*.conv3"])
-    with pytest.raises(UsageError, match="site 'hat' .* nearest name is 'head'"):
-        prepare(net, Plan({"hat": parse_scheme("int4-channel-f32")}), example=x)
+    with pytest.raises(UsageError, match="site 'heads' .* nearest name is 'head'"):
+        prepare(net, Plan({"heads": parse_scheme("int4-channel-f32")}), example=x)
     with pytest.raises(UsageError, match="edge 'relu_77' .* nearest name is 'relu"):
         prepare(net, Plan({}, edges={"relu_77": ActivationScheme()}), example=x)
     with pytest.raises(DataError, match="calibration yields no batches"):

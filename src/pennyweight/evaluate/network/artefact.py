@@ -14,10 +14,12 @@ from torch import fx
 from pennyweight.containers.onnx import OnnxReport, Runtime, write_float_onnx, write_onnx
 from pennyweight.containers.onnx.dialect import Dialect
 from pennyweight.containers.onnx.rules import block_of
+from pennyweight.core.errors import BudgetError
 from pennyweight.core.version import versions
 from pennyweight.evaluate.network.card import network_card
 from pennyweight.evaluate.network.directory import CHECK, MODEL, appearing, hashes_of, write_check, write_texts
 from pennyweight.evaluate.network.example import sample_like
+from pennyweight.evaluate.network.integers import has_integers, integer_agreement
 from pennyweight.evaluate.network.record import NetworkRecord, SiteReport, bits_per_weight
 from pennyweight.evaluate.onnx.agreement import RuntimeAgreement, agreement
 from pennyweight.evaluate.onnx.bounds import allowed_errors, outputs_of
@@ -34,12 +36,13 @@ _PARTS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino")
 class Writing:
     """How an artefact is written.
 
-    runtime   that reads the file
-    extent    "full": it is opened there and its outputs compared with ours; "none"
-    original  the float network that latency and size are compared with: batch norms folded
-    seconds   that the comparison of latencies may take
-    seed      of the sample that goes into the directory
-    started   when the run began, on the clock of time.perf_counter
+    runtime     that reads the file
+    extent      "full": it is opened there and its outputs compared with ours; "none"
+    original    the float network that latency and size are compared with: batch norms folded
+    seconds     that the comparison of latencies may take
+    seed        of the sample that goes into the directory
+    started     when the run began, on the clock of time.perf_counter
+    most_bytes  that the file may take, None for any
     """
 
     runtime: Runtime
@@ -48,6 +51,7 @@ class Writing:
     seconds: float = 2.0
     seed: int = 0
     started: float = field(default_factory=time.perf_counter)
+    most_bytes: int | None = None
 
 
 def write_artefact(
@@ -60,6 +64,8 @@ def write_artefact(
     """
     with appearing(target) as work, tempfile.TemporaryDirectory(dir=target.parent, prefix=".float.") as scratch:
         report = write_onnx(quantized, work / MODEL, runtime=writing.runtime)
+        if writing.most_bytes is not None and report.file_bytes > writing.most_bytes:
+            raise BudgetError(writing.most_bytes, report.file_bytes, "give the plan a little less")
         before = write_float_onnx(writing.original, Path(scratch) / MODEL)
         record = _described(draft, quantized, report, before.file_bytes)
         module = quantized.simulated()
@@ -71,7 +77,10 @@ def write_artefact(
             verification = _verified(work / MODEL, quantized, module, [sample, *batches], blocks, writing.runtime)
             feed = arrays_of(quantized.network, quantized.network.example)
             times = latency(Path(scratch) / MODEL, work / MODEL, feed, runtime=writing.runtime, seconds=writing.seconds)
-            record = replace(record, verification=(verification,), latency=(times,))
+            integers = None
+            if has_integers(quantized, writing.runtime):
+                integers = integer_agreement(work / MODEL, arrays_of(quantized.network, sample))
+            record = replace(record, verification=(verification,), latency=(times,), integers=integers)
         seconds = time.perf_counter() - writing.started
         record = replace(record, outputs=hashes_of(work), seconds=round(seconds, 3))
         write_texts(work, record=record.lasting(), run=record.measured(), card=network_card(record))

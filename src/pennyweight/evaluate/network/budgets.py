@@ -19,7 +19,7 @@ from pennyweight.evaluate.network.loss import (
     NetworkTrial,
     smallest_that_holds,
 )
-from pennyweight.models.network import Network, batches_of
+from pennyweight.models.network import Network, QuantizedNetwork, batches_of
 from pennyweight.models.network.network import Inputs
 from pennyweight.pipeline.network.options import NetworkOptions
 from pennyweight.pipeline.network.planned import with_edges
@@ -34,9 +34,12 @@ from pennyweight.pipeline.network.quantize import (
 )
 from pennyweight.plan.budget import Budget, parse_budget
 from pennyweight.plan.frontier import Point
+from pennyweight.plan.plan import Plan
+from pennyweight.solvers.base import Statistics
+from pennyweight.solvers.nearest import Nearest
 
-# A file is planned for no more than this often: what lies beside the tensors is known after the first time.
-_ATTEMPTS = 3
+# What lies beside the tensors in a file depends on the plan, so that it takes a few to know.
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class NetworkBudget:
                 "gives accuracy in per cent"
             )
         return NetworkBudget(max_loss=max_loss, evaluate=evaluate, name=f"max_loss={max_loss:g}")
+
+    @property
+    def most_bytes(self) -> int | None:
+        """That the file may take, where its size is limited."""
+        return int(self.limit.value) if self.limit is not None and self.limit.kind == "size" else None
 
     def judge(self, network: Network) -> NetworkJudge:
         """Raises DataError for what cannot judge."""
@@ -118,21 +126,36 @@ def _within_size(
     network: Network, batches: Sequence[Inputs], options: NetworkOptions, limit: Budget, tell: Tell
 ) -> NetworkResult:
     """The best whose file takes no more than `limit`: planned for that many bytes of tensors, and again for what the
-    file leaves them. Raises BudgetError."""
+    file left them, as long as it is too large. Raises BudgetError."""
     replace(options, budget=limit).check(has_data=bool(batches))
     prepared = prepare(network, batches, options)
     problem = problem_of(prepared, batches, options, tell)
-    tensors = int(limit.value)
+    size_bytes = tensors = int(limit.value)
     for _ in range(_ATTEMPTS):
-        plan = budget_plan(prepared, problem, replace(limit, value=float(tensors)), options)
-        result = quantize_planned(prepared, batches, options, plan, tell)
-        over = _file_bytes(result, options) - int(limit.value)
+        try:
+            plan = budget_plan(prepared, problem, replace(limit, value=float(tensors)), options)
+        except BudgetError as error:
+            raise BudgetError(size_bytes, error.smallest + size_bytes - tensors, error.advice) from error
+        over = _file_bytes(_sketched(prepared.network, plan), options) - size_bytes
         if over <= 0:
-            return result
+            return quantize_planned(prepared, batches, options, plan, tell)
         tensors = problem.of(plan)[0] - over
-    raise BudgetError(int(limit.value), int(limit.value) + over, "the file's graph takes the rest")
+    raise BudgetError(size_bytes, size_bytes + over, "the file's graph takes the rest")
 
 
-def _file_bytes(result: NetworkResult, options: NetworkOptions) -> int:
+def _sketched(network: Network, plan: Plan) -> QuantizedNetwork:
+    """`plan` with whatever codes: the bytes of a file do not depend on them."""
+    weights = {
+        site.name: Nearest("minmax")
+        .solve(site.matrix(network.weight(site).detach()).float(), plan.schemes[site.name], Statistics())
+        .weight
+        for site in network.sites
+        if site.name in plan.schemes
+    }
+    static = {name: scheme.parameters(-1.0, 1.0) for name, scheme in plan.edges.items() if not scheme.is_dynamic}
+    return QuantizedNetwork(network, weights, static, plan)
+
+
+def _file_bytes(quantized: QuantizedNetwork, options: NetworkOptions) -> int:
     with tempfile.TemporaryDirectory() as directory:
-        return write_onnx(result.quantized, Path(directory) / "model.onnx", runtime=options.runtime).file_bytes
+        return write_onnx(quantized, Path(directory) / "model.onnx", runtime=options.runtime).file_bytes

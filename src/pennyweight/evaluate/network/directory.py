@@ -72,6 +72,8 @@ def write_check(path: Path, inputs: dict[str, Tensor], outputs: list[Tensor], al
     tensors |= {f"{_OUTPUT}{place}": tensor for place, tensor in enumerate(outputs)}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(plain, path, metadata={"allowed": json.dumps(allowed)})
+    # safetensors keeps what it writes from others.
+    path.chmod(0o666 & ~_umask())
 
 
 def read_check(path: Path) -> tuple[dict[str, Tensor], list[Tensor], list[float]]:

@@ -75,7 +75,9 @@ def quantize_module(
         trials=trials, seconds=round(time.perf_counter() - started, 3),
     )  # fmt: skip
     if target is not None:
-        writing = Writing(runtime, verify, fold_batch_norms(network), seed=seed, started=started)
+        writing = Writing(
+            runtime, verify, fold_batch_norms(network), seed=seed, started=started, most_bytes=budget.most_bytes
+        )
         record = write_artefact(result.quantized, target, record, batches[:BATCHES], writing)
     return QuantizedModule(result.quantized.simulated(), result.quantized, record, target)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pennyweight.core.files import to_json
+from pennyweight.evaluate.network.integers import IntegerAgreement
 from pennyweight.evaluate.network.loss import NetworkTrial
 from pennyweight.evaluate.onnx.agreement import RuntimeAgreement
 from pennyweight.evaluate.onnx.latency import Latency
@@ -85,7 +86,7 @@ class NetworkRecord:
     sizes         bytes: of the file, of the float file, of all quantized weights; and bits a weight
     fallbacks     site -> what was done otherwise than asked
     notes         of the run as a whole and of the file
-    verification  by runtime
+    verification  by runtime; integers: ONNX Runtime against our simulation of its integers
     latency       against the float file, by runtime; warnings: wherever the quantized file is slower
     """
 
@@ -101,7 +102,7 @@ class NetworkRecord:
     sizes: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     verification: tuple[RuntimeAgreement, ...] = ()
-    integers: Mapping[str, Any] | None = None
+    integers: IntegerAgreement | None = None
     latency: tuple[Latency, ...] = ()
     outputs: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0

@@ -21,6 +21,8 @@ MARGIN = 4.0
 _SAMPLES = 3
 # What float32 itself can say of an output.
 _LEAST = 2.0**-20
+# Numbers from here on stand for infinity, as in masks of attention: an error relative to them would drown all others.
+_INFINITE = 2.0**96
 # ONNX Runtime's MatMulNBits at accuracy level 4 rounds what it multiplies to 8 bits, a scale for each block.
 _LEVEL_4_STEPS = 127.0
 
@@ -35,11 +37,11 @@ def allowed_errors(
 ) -> list[float]:
     """For each output, how large |y - ŷ| / |y| may be, y of `module` and ŷ of a runtime.
 
-    The network is run again with numbers as a runtime may have them: whatever an operation gives is moved by up to
-    SUM_ERROR of the largest number of its tensor, so that codes on edges fall to the other side where they are near the
-    middle of two; a bias beside products of integers by up to half a unit of int32, scale(x) scale(w); and what
-    MatMulNBits reads, of a site in `blocks` (-> the size of its blocks), is rounded to 8 bits. The largest of a few
-    such errors, times MARGIN, is allowed.
+    The network is run again with numbers as a runtime may have them: what an operation behind a site gives is moved by
+    up to SUM_ERROR of the largest number of its tensor, so that codes on edges fall to the other side where they are
+    near the middle of two; a bias beside products of integers by up to half a unit of int32, scale(x) scale(w); and
+    what MatMulNBits reads, of a site in `blocks` (-> the size of its blocks), is rounded to 8 bits. The largest of
+    a few such errors, times MARGIN, is allowed.
     """
     generator = torch.Generator().manual_seed(seed)
     shaken = [_Shaken(quantized, module, blocks or {}, generator) for _ in range(_SAMPLES)]
@@ -88,6 +90,11 @@ class _Shaken(fx.Interpreter):
         self._sites = {name: site for site in quantized.network.sites for name in site.nodes}
         self._biases = _bias_steps(quantized)
         self._blocks = blocks
+        # What no weight has touched (a mask, a size) a runtime has as we do.
+        self._touched: set[str] = set()
+        for node in module.graph.nodes:
+            if node.name in self._sites or any(one.name in self._touched for one in node.all_input_nodes):
+                self._touched.add(node.name)
 
     def run_on(self, *args: Any, **kwargs: Any) -> Any:
         flat = pytree.tree_leaves((args, kwargs))
@@ -95,7 +102,7 @@ class _Shaken(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op not in ("call_function", "call_module"):
+        if n.op not in ("call_function", "call_module") or n.name not in self._touched:
             return result
         if n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), Rounded | RoundedDynamically):
             return result
@@ -111,13 +118,14 @@ class _Shaken(fx.Interpreter):
     def _moved(self, name: str, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return x
-        reach = SUM_ERROR * x.abs().max()
+        is_number = x.abs() < _INFINITE
+        reach = SUM_ERROR * torch.where(is_number, x.abs(), 0).max()
         step = self._biases.get(name)
         if step is not None:
             axes = x.dim() - 2 if self._sites[name].kind == "conv" else 0
             reach = reach + step.view(-1, *[1] * axes)
         noise = torch.rand(x.shape, generator=self._generator, dtype=x.dtype) * 2 - 1
-        return x + noise * reach
+        return torch.where(is_number, x + noise * reach, x)
 
 
 def _bias_steps(quantized: QuantizedNetwork) -> dict[str, Tensor]:

@@ -179,7 +179,7 @@ class _Walk(fx.Interpreter):
         why = f"{node.name} ({name or node.target}) " + (
             "cuts its values off" if name in _CLIPS else "lets no scale through"
         )
-        return self._stopped(node, value, "it is an output" if node.op == "output" else why)
+        return self._stopped(node, value, "it goes out of the network" if node.op == "output" else why)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._network.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -211,8 +211,10 @@ class _Walk(fx.Interpreter):
     def _moved(self, node: fx.Node) -> Any:
         values = {one: self._held[one] for one in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        # Names do not lie in memory as the values do: what is a view of these may have to be copied.
+        target = torch.ops.aten.reshape.default if operation(node) == "view" else node.target
+        assert callable(target)
+        return target(*args, **kwargs)
 
     def _padded(self, node: fx.Node, value: Tensor) -> Any:
         given = bound_arguments(node)

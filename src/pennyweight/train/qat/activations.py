@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.schemes.activation import ActivationParameters, ActivationScheme
-from pennyweight.train.qat.lsq import Grid, gradient_factor, held_above, passed_through, rounded, with_gradient_times
-
-_LEAST = 2.0**-7
+from pennyweight.train.qat.lsq import LEAST, Grid, gradient_factor, passed_through, rounded, sized
 
 
 class ActivationRounding(nn.Module):
     """x -> (q - z) s, q = clamp(round(x / s) + z), of the type of x, computed in float32.
 
-    step     above 0: s
-    offset   None where the zero point stays; else z = clamp(round(-offset / s)), so that an exact 0 stays one
+    step     1 at the start: s = step * unit
+    unit     s at the start
+    offset   None where the zero point stays, else in units of the whole range at the start:
+             z = clamp(round(-offset / s)), so that an exact 0 stays one
     """
 
-    least: Tensor
+    unit: Tensor
 
     def __init__(
         self, scheme: ActivationScheme, start: ActivationParameters, *, features: int, learns_zero: bool
@@ -27,26 +27,33 @@ class ActivationRounding(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.grid = Grid(scheme.element, zero=start.zero)
-        self.step = nn.Parameter(torch.tensor(start.scale))
-        self.offset = nn.Parameter(torch.tensor(-start.zero * start.scale)) if learns_zero else None
-        self.register_buffer("least", torch.tensor(start.scale * _LEAST))
+        self.step = nn.Parameter(torch.ones(()))
+        self.span = scheme.element.largest - scheme.element.smallest
+        self.offset = nn.Parameter(torch.tensor(-start.zero / self.span)) if learns_zero else None
+        self.register_buffer("unit", torch.tensor(start.scale))
         self.factor = gradient_factor(features, scheme.element)
         self.is_enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_enabled:
             return x
-        step = held_above(self.step, self.least, self.factor)
-        offset = None if self.offset is None else with_gradient_times(self.factor, self.offset)
-        return rounded(x.float(), step, offset, None, self.grid).to(x.dtype)
+        return rounded(x.float(), *self._scaled(), None, self.grid).to(x.dtype)
+
+    def _scaled(self) -> tuple[Tensor, Tensor | None]:
+        """scale and offset []."""
+        scale = sized(self.step, self.unit, least=LEAST, factor=self.factor)
+        if self.offset is None:
+            return scale, None
+        return scale, sized(self.offset, self.unit * self.span, least=-torch.inf, factor=self.factor)
 
     @property
     def parameters_(self) -> ActivationParameters:
         """What `forward` rounds with."""
         with torch.no_grad():
-            scale = self.grid.scale(torch.maximum(self.step, self.least))
-            zeros = self.grid.zeros(scale, self.offset)
-        return ActivationParameters(float(scale), 0 if zeros is None else int(zeros), self.scheme.element)
+            scale, offset = self._scaled()
+            stored = self.grid.scale(scale)
+            zeros = self.grid.zeros(stored, offset)
+        return ActivationParameters(float(stored), 0 if zeros is None else int(zeros), self.scheme.element)
 
 
 class DynamicRounding(nn.Module):

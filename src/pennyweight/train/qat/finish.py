@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from pennyweight.train.qat.norms import reestimate_norms
 from pennyweight.train.qat.prepared import (
     Preparation,
     activation_roundings,
+    copied,
     preparation_of,
     prepared_norms,
     trained_sites,
@@ -32,7 +32,7 @@ def finish(model: nn.Module, *, calibration: Iterable[Any] | None = None) -> Qua
     """
     inner = unwrapped(model)
     if calibration is not None:
-        inner = copy.deepcopy(inner)
+        inner = copied(inner)
         reestimate_norms(inner, calibration)
     preparation = preparation_of(inner)
     with torch.no_grad():

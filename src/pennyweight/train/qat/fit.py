@@ -84,7 +84,7 @@ def _teaching(teacher: Teacher, model: fx.GraphModule) -> Iterator[Callable[...,
     if teacher is None:
         yield None
         return
-    module = preparation_of(model).network.copied().graph.eval() if isinstance(teacher, str) else teacher
+    module = preparation_of(model).network.copied().graph if isinstance(teacher, str) else teacher
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from pennyweight.train.qat.checkpoint import load, save
 from pennyweight.train.qat.norms import reestimate_norms
 from pennyweight.train.qat.options import FitOptions
 from pennyweight.train.qat.oscillation import Oscillations
-from pennyweight.train.qat.prepared import preparation_of
+from pennyweight.train.qat.prepared import copied, preparation_of
 from pennyweight.train.qat.randomness import epoch_of
 from pennyweight.train.qat.training import Step, Training
 
@@ -189,7 +188,7 @@ class Loop:
         if not has_norms or (figure is None and self.feed.options.frozen_norms > 0):
             return training.model, figure, False
         kept, before = training.model, figure
-        training.model = copy.deepcopy(kept)
+        training.model = copied(kept)
         reestimate_norms(training.model, self.feed.estimating)
         figure = self._figure() if self._is_judged else None
         if before is not None and figure is not None and not figure < before:

@@ -13,6 +13,8 @@ from pennyweight.formats.integer import Int
 
 # In a tensor of fixed values: this one is free.
 FREE = torch.iinfo(torch.int16).max
+# Of a step's start: where it is held when training drives it towards 0.
+LEAST = 2.0**-7
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -109,30 +111,19 @@ def kept(values: Tensor, fixed: Tensor | None) -> Tensor:
     return values if fixed is None else torch.where(fixed == FREE, values, fixed.to(values.dtype))
 
 
-class _Step(torch.autograd.Function):
-    """See `held_above`."""
+class _Sized(torch.autograd.Function):
+    """See `sized`."""
 
     @staticmethod
-    def forward(ctx: Any, step: Tensor, least: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, relative: Tensor, unit: Tensor, least: float, factor: float) -> Tensor:
+        ctx.save_for_backward(unit)
         ctx.factor = factor
-        return torch.maximum(step, least)
+        return relative.clamp_min(least) * unit
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient * ctx.factor, None, None
-
-
-class _Scaled(torch.autograd.Function):
-    """See `with_gradient_times`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        [unit] = ctx.saved_tensors
+        return gradient * (ctx.factor / unit), None, None, None
 
 
 class _Through(torch.autograd.Function):
@@ -156,15 +147,13 @@ def rounded(x: Tensor, scale: Tensor, offset: Tensor | None, fixed: Tensor | Non
     return made
 
 
-def held_above(step: Tensor, least: Tensor, factor: float) -> Tensor:
-    """max(step, least), whose gradient passes at every step and is multiplied by `factor`."""
-    made: Tensor = _Step.apply(step, least, factor)  # type: ignore[no-untyped-call]
-    return made
+def sized(relative: Tensor, unit: Tensor, *, least: float, factor: float) -> Tensor:
+    """max(relative, least) * unit; its gradient, which passes at every size, goes to `relative` times factor / unit.
 
-
-def with_gradient_times(factor: float, x: Tensor) -> Tensor:
-    """x as it is, with its gradient multiplied by `factor`."""
-    made: Tensor = _Scaled.apply(x, factor)  # type: ignore[no-untyped-call]
+    A step of SGD at rate r then moves the result by r * factor * slope whatever the unit is, as LSQ has it, and one of
+    Adam by r * unit: its own size.
+    """
+    made: Tensor = _Sized.apply(relative, unit, least, factor)  # type: ignore[no-untyped-call]
     return made
 
 

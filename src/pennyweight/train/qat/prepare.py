@@ -15,12 +15,11 @@ from pennyweight.schemes.activation import NetworkScheme
 from pennyweight.train.qat.activations import ActivationRounding, DynamicRounding
 from pennyweight.train.qat.batches import example_of
 from pennyweight.train.qat.codes import start_from_codes_
-from pennyweight.train.qat.folded import folded_matrix, norms_of
+from pennyweight.train.qat.folded import norms_of, start_sizes
 from pennyweight.train.qat.options import QatOptions
 from pennyweight.train.qat.planned import Planned, planned
 from pennyweight.train.qat.ranges import edge_starts, weight_start
 from pennyweight.train.qat.rewrite import rewritten
-from pennyweight.train.qat.statistics import NormTensors
 from pennyweight.train.qat.weights import WeightRounding
 
 Trainable = nn.Module | Network | QuantizedNetwork
@@ -98,16 +97,16 @@ def _weights(
         scheme = plan.schemes.get(site.name)
         if scheme is None:
             continue
-        matrix, rows = site.matrix(network.weight(site).detach()), None
+        matrix = site.matrix(network.weight(site).detach())
         if not bool(matrix.isfinite().all()):
             raise WeightError(f"{site.parameter} has NaN or infinity: train from weights that are finite")
         if site.name in norms:
             _, norm = norms[site.name]
-            matrix, rows = folded_matrix(matrix, NormTensors.of(norm).factor(norm.eps).detach())
+            matrix = matrix * start_sizes(norm, scheme)[:, None]
         given = None if start is None else start.weights.get(site.name)
         is_same = given is not None and given.scheme == scheme
         parameters = given.parameters if given is not None and is_same else weight_start(matrix, scheme, options.start)
-        found[site.name] = WeightRounding(site, scheme, parameters, rows=rows, has_history=options.history)
+        found[site.name] = WeightRounding(site, scheme, parameters, has_history=options.history)
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +55,14 @@ def unwrapped(model: nn.Module) -> fx.GraphModule:
     if not isinstance(inner, fx.GraphModule) or _KEY not in inner.meta:
         raise UsageError(f"{type(model).__name__} was not made by pw.train.prepare: give what that returned")
     return inner
+
+
+def copied(model: nn.Module) -> fx.GraphModule:
+    """The same prepared network with tensors of its own."""
+    with warnings.catch_warnings():
+        # Of torch about how it copies the structure of inputs.
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(unwrapped(model))
 
 
 def preparation_of(model: nn.Module) -> Preparation:

@@ -11,10 +11,7 @@ from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme
 from pennyweight.schemes.parameters import Parameters
 from pennyweight.schemes.quantized import grouped
 from pennyweight.train.qat.history import History
-from pennyweight.train.qat.lsq import Grid, gradient_factor, held_above, kept, rounded, with_gradient_times
-
-# Of a step's start: where it is held when training drives it towards 0.
-_LEAST = 2.0**-7
+from pennyweight.train.qat.lsq import LEAST, Grid, gradient_factor, kept, rounded, sized
 
 
 def why_not_trained(scheme: Scheme) -> str | None:
@@ -30,40 +27,33 @@ def why_not_trained(scheme: Scheme) -> str | None:
 class WeightRounding(nn.Module):
     """matrix [out, in] -> what a reader of its codes sees, of the same shape and type.
 
-    step     [rows, groups] (Scheme.scale_shape), above 0; scale = sign * step * the size of its row
-    offset   [rows, groups], where the scheme has a zero point: the zero point is -offset / scale, rounded
+    step     [rows, groups] (Scheme.scale_shape), 1 at the start: scale = step * unit * the size of its row
+    unit     the scale at the start, of a row of size 1; its sign stays, as steps are held above 0
+    offset   [rows, groups], where the scheme has a zero point, in units of the whole range at the start: the zero point
+             is -offset / scale, rounded
     history  how codes have changed, and those that no longer do; None where it is not followed
 
     A row's size is 1, or |gamma / sigma| of the batch norm that is folded into the matrix: with scales that belong to
     rows the codes then do not depend on running statistics. A scale that the whole matrix shares has no such size.
     """
 
-    sign: Tensor
-    least: Tensor
+    unit: Tensor
 
-    def __init__(
-        self,
-        site: NetworkSite,
-        scheme: Scheme,
-        start: Parameters,
-        *,
-        rows: Tensor | None = None,
-        has_history: bool = True,
-    ) -> None:
-        """`start` for the matrix, and the sizes [out] of its rows, as they are now."""
+    def __init__(self, site: NetworkSite, scheme: Scheme, start: Parameters, *, has_history: bool = True) -> None:
+        """`start` for a matrix whose rows have the size 1."""
         super().__init__()
         if why := why_not_trained(scheme):
             raise UsageError(f"{site.name}: {why}")
         self.site, self.scheme = site, scheme
         self.grid = Grid(scheme.element, scheme.scale.torch_dtype, scheme.arithmetic)
         given = start.decoded(scheme)
-        relative = given.scales / self._sizes(None if rows is None else rows.detach(), given.scales)
-        self.step = nn.Parameter(relative.abs())
-        self.offset = None if given.zeros is None else nn.Parameter(-given.zeros * relative)
-        self.register_buffer("sign", torch.where(relative < 0, -1.0, 1.0))
-        self.register_buffer("least", relative.abs() * _LEAST)
-        self.history = History(site.matrix_shape, relative.device) if has_history else None
-        self.factor = gradient_factor(site.matrix_shape[0] * site.matrix_shape[1] // relative.numel(), scheme.element)
+        self.step = nn.Parameter(torch.ones_like(given.scales))
+        self.span = scheme.element.largest - scheme.element.smallest
+        self.offset = None if given.zeros is None else nn.Parameter(-given.zeros / self.span)
+        self.register_buffer("unit", given.scales.clone())
+        self.history = History(site.matrix_shape, given.scales.device) if has_history else None
+        outputs, inputs = site.matrix_shape
+        self.factor = gradient_factor(outputs * inputs // given.scales.numel(), scheme.element)
         self.is_enabled = True
 
     def forward(self, matrix: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -77,14 +67,20 @@ class WeightRounding(nn.Module):
     def _scaled(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """scale and offset [rows, groups, 1]."""
         sizes = self._sizes(rows, self.step)
-        scale = (self.sign * held_above(self.step, self.least, self.factor) * sizes)[..., None]
+        scale = sized(self.step, self.unit, least=LEAST, factor=self.factor) * sizes
         if self.offset is None:
-            return scale, None
-        return scale, (with_gradient_times(self.factor, self.offset) * sizes)[..., None]
+            return scale[..., None], None
+        offset = sized(self.offset, self.unit * self.span, least=-torch.inf, factor=self.factor) * sizes
+        return scale[..., None], offset[..., None]
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether each scale belongs to one row."""
+        return not isinstance(self.scheme.granularity, PerTensor)
 
     def _sizes(self, rows: Tensor | None, like: Tensor) -> Tensor:
         """The size of the row of each scale."""
-        if rows is None or isinstance(self.scheme.granularity, PerTensor):
+        if rows is None or not self.is_by_rows:
             return torch.ones_like(like)
         return rows[:, None]
 

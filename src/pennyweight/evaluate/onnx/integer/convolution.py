@@ -11,13 +11,10 @@ int8 weights saturate sums of two products to int16, which is not simulated and 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from pennyweight.evaluate.onnx.integer.base import Array, Inputs, Kernel, Node, given, number, optional, zero_point
 from pennyweight.evaluate.onnx.integer.rounding import Sums, requantize
 from pennyweight.evaluate.onnx.integer.spatial import Windows
-
-_CONVOLVE = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
 
 
 def _convolve(node: Node, inputs: Inputs) -> tuple[Array, ...]:
@@ -32,28 +29,30 @@ def _convolve(node: Node, inputs: Inputs) -> tuple[Array, ...]:
 
 
 def _sums(node: Node, x: Array, inputs: Inputs) -> Sums:
-    """int32 [n, out, *spatial] of x [n, in, *spatial], with the bias."""
+    """int32 [n, out, *spatial] of x [n, in, *spatial], with the bias: one matrix product for each place in the kernel.
+
+    float64 holds every sum of fewer than 2^37 products of 8-bit numbers exactly, in whatever order they're added.
+    """
     w = given(inputs, 3)
     zero_w = given(inputs, 5).astype(np.int64).reshape(-1, *[1] * (w.ndim - 1))
-    centred_x = torch.from_numpy(x.astype(np.float64) - zero_point(inputs, 2))
-    centred_w = torch.from_numpy((w - zero_w).astype(np.float64))
     windows = Windows.of(node, x.shape[2:], w.shape[2:])
-    edges = [size for pair in zip(windows.before[::-1], windows.after[::-1], strict=True) for size in pair]
-    # float64 holds every sum of fewer than 2^37 products of 8-bit numbers exactly, in whatever order they're added.
-    sums = _CONVOLVE[x.ndim - 3](
-        torch.nn.functional.pad(centred_x, edges),
-        centred_w,
-        stride=windows.strides,
-        dilation=windows.dilations,
-        groups=node.attributes.get("group", 1),
-    )
+    seen = windows.view(x.astype(np.float64) - zero_point(inputs, 2), 0.0)
+    centred = (w - zero_w).astype(np.float64)
+    sums = np.zeros((len(x), len(w), *windows.outputs))
+    for place in np.ndindex(*windows.kernel):
+        sums += _product(centred[(..., *place)], seen[(..., *place)], groups=node.attributes.get("group", 1))
     bias = optional(inputs, 8)
-    whole = sums.numpy().astype(np.int64)
+    whole = sums.astype(np.int64)
     return np.asarray(whole if bias is None else whole + bias.reshape(-1, *[1] * (x.ndim - 2))).astype(np.int32)
 
 
-def _is_known(node: Node, inputs: Inputs) -> bool:
-    return 3 <= given(inputs, 0).ndim <= 5
+def _product(w: Array, x: Array, *, groups: int) -> Array:
+    """w [out, in / groups], x [n, in, *spatial] -> [n, out, *spatial]."""
+    parts = x.reshape(len(x), groups, w.shape[1], -1)
+    matrices = w.reshape(groups, -1, w.shape[1])
+    # With one channel a group the sum has one term.
+    products = matrices * parts if w.shape[1] == 1 else matrices @ parts
+    return np.asarray(products.reshape(len(x), len(w), *x.shape[2:]))
 
 
-PROVIDES: tuple[Kernel, ...] = (Kernel("QLinearConv", _convolve, covers=_is_known),)
+PROVIDES: tuple[Kernel, ...] = (Kernel("QLinearConv", _convolve),)
