@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pennyweight.containers.onnx import edges_of, size_bytes
 from pennyweight.core.errors import BudgetError, ContainerError, DataError, UsageError, WeightError
@@ -20,9 +22,14 @@ from pennyweight.pipeline.network import (
     problem_of,
     quantize_network,
 )
+from pennyweight.pipeline.network.moments import Moments
+from pennyweight.pipeline.network.reconstruct import ReconstructionResult
+from pennyweight.pipeline.network.rows import Reader
+from pennyweight.pipeline.network.sites import SiteSolver
 from pennyweight.plan.budget import parse_budget
 from pennyweight.schemes import QuantizedWeight, parse_scheme
 from pennyweight.solvers.base import Statistics
+from pennyweight.solvers.gptq import Gptq
 from pennyweight.solvers.nearest import Nearest
 from tests.pipeline.network.subjects import KINDS, subject
 
@@ -289,3 +296,74 @@ def test_costs_are_what_the_outputs_lose_with_one_site_changed() -> None:
         )
         assert cost == pytest.approx(error_of(network, quantize_network(network, batches, alone), batches), rel=1e-4)
         assert [choice.cost for choice in group.choices if choice.scheme is None] == [0.0]
+
+
+@pytest.mark.parametrize("scheme", ["int3-channel", "w4a8-channel"])
+@pytest.mark.parametrize("kind", ["pictures", "upsampler"])
+def test_every_site_is_solved_on_what_it_reads_in_the_network_that_comes_out(kind: str, scheme: str) -> None:
+    network, batches = subject(kind)
+    result = quantize_network(network, batches, NetworkOptions(scheme=scheme, effort="fast"))
+    module = result.quantized.simulated()
+    inputs = {site.name: inputs_of(module, site.nodes[0], batches) for site in network.sites}
+    for site in network.sites:
+        reader, groups = Reader(network.graph.get_submodule(site.name)), site.groups
+        rows = [reader.rows(x, reader.draw(x, torch.Generator())) for x in inputs[site.name]]
+        every = torch.cat(rows, 1)
+        moments = Moments(every.transpose(1, 2) @ every / every.shape[1], None, every.shape[1])
+        w = site.matrix(network.weight(site).detach())
+        wanted = SiteSolver(Gptq()).solve(site, w, result.quantized.plan.schemes[site.name], moments).weight
+        # Sums in another order may turn a tie.
+        apart = (wanted.codes != result.quantized.weights[site.name].codes).float().mean()
+        assert apart < 0.01, (site.name, groups)
+
+
+def inputs_of(module: fx.GraphModule, name: str, batches: list[Inputs]) -> list[Tensor]:
+    """What the node `name` reads in each batch."""
+    found: list[Tensor] = []
+
+    class Watching(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            if n.name == name:
+                found.append(self.fetch_args_kwargs_from_env(n)[0][0])
+            return super().run_node(n)
+
+    with torch.no_grad():
+        for batch in batches:
+            Watching(module).run(*batch.args)
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["int4-channel", "w4a8-channel", "w8a8-tensor"])
+@pytest.mark.parametrize("kind", ["pictures", "reader"])
+def test_the_error_of_the_last_site_is_that_of_the_network(kind: str, scheme: str) -> None:
+    network, batches = subject(kind)
+    result = quantize_network(network, batches, NetworkOptions(scheme=scheme, effort="fast", equalize=False))
+    assert result.sites["head"].output_error == pytest.approx(error_of(network, result, batches), rel=1e-3)
+
+
+def test_blocks_that_learned_what_does_not_hold_elsewhere_keep_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, batches = subject("pictures", batches=8)
+    normal = quantize_network(network, batches, NetworkOptions(scheme="int4-channel"))
+    seen: list[int] = []
+
+    def spoiled(network: Network, weights: Any, activations: Any, batches: Any, **_: Any) -> ReconstructionResult:
+        seen.append(len(batches))
+        codes = {name: replace(weight, codes=torch.zeros_like(weight.codes)) for name, weight in weights.items()}
+        return ReconstructionResult(codes, activations, {})
+
+    monkeypatch.setattr("pennyweight.pipeline.network.quantize.reconstructed", spoiled)
+    result = quantize_network(network, batches, NetworkOptions(scheme="int4-channel", refine=5))
+    assert seen == [6]
+    assert same(result.quantized.weights, normal.quantized.weights)
+    assert "learned rounding of blocks was left out" in result.notes[-1]
+
+
+def test_blocks_that_learned_something_are_taken() -> None:
+    network, batches = subject("pictures", batches=24)
+    options = {"scheme": "int2-channel", "solver": "nearest", "correct_bias": True}
+    nearest = quantize_network(network, batches, NetworkOptions(**options))
+    result = quantize_network(network, batches, NetworkOptions(**options, refine=100))
+    assert result.blocks
+    assert all(block.after <= block.before for block in result.blocks.values())
+    assert error_of(network, result, batches) < error_of(network, nearest, batches)
+    assert list(result.seconds) == ["ranges", "weights", "blocks", "biases"]

@@ -21,7 +21,7 @@ from pennyweight.stats.ranges.base import RangeChooser
 from pennyweight.stats.ranges.candidates import candidates
 
 # Samples on which "output" looks at what consumers make of a value.
-_SAMPLES = 64
+_SAMPLES = 32
 
 
 @dataclass(frozen=True)

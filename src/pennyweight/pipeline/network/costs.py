@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pennyweight.containers.onnx import size_bytes
@@ -34,6 +35,7 @@ _ROWS = ("int2-channel", "int4-channel", "int8-channel")
 _GROUPS = (
     "int2-g64", "int2-g32", "int2-g16", "int4-g128", "int4-g64", "int4-g32", "int8-g128",
 )  # fmt: skip
+_LARGEST = torch.finfo(torch.float32).max
 
 Tell = Callable[[int, int], None]
 
@@ -92,23 +94,27 @@ def measured_costs(
 
 
 @dataclass(frozen=True)
-class _Outputs:
-    """The outputs of the float network, by batch, and how others are compared with them."""
+class Outputs:
+    """The outputs of the float network on some batches, and how others are compared with them."""
 
+    batches: Sequence[Inputs]
     outputs: Sequence[Sequence[Tensor]]
     loss: Loss
 
     @staticmethod
-    def of(network: Network, batches: Sequence[Inputs], loss: Loss | None) -> _Outputs:
-        with torch.no_grad():
-            outputs = [_floats(network.graph(*batch.args, **batch.kwargs)) for batch in batches]
+    def of(network: Network, batches: Sequence[Inputs], loss: Loss | None) -> Outputs:
+        outputs = _all_outputs(network.graph, batches)
         if not outputs or not outputs[0]:
             raise DataError("a budget compares outputs of the network: give calibration batches, and return floats")
         is_logits = len(outputs[0]) == 1 and outputs[0][0].dim() == 2 and outputs[0][0].shape[1] > 1
-        return _Outputs(outputs, loss or ("kl" if is_logits else "error"))
+        return Outputs(batches, outputs, loss or ("kl" if is_logits else "error"))
+
+    def of_module(self, module: nn.Module) -> float:
+        """The cost of what `module` gives."""
+        return self.cost(_all_outputs(module, self.batches))
 
     def cost(self, others: Sequence[Sequence[Tensor]]) -> float:
-        """Never negative; finite, or the largest number there is."""
+        """Never negative, and finite: the largest float32 number for outputs that are no numbers any more."""
         pairs = [pair for ys, zs in zip(self.outputs, others, strict=True) for pair in zip(ys, zs, strict=True)]
         if self.loss == "kl":
             rows = sum(y.numel() // y.shape[-1] for y, _ in pairs)
@@ -116,9 +122,12 @@ class _Outputs:
         else:
             total = sum(float(y.double().square().sum()) for y, _ in pairs)
             found = sum(float((y.double() - z.double()).square().sum()) for y, z in pairs) / (total or 1.0)
-        return (
-            min(max(found, 0.0), torch.finfo(torch.float32).max) if found == found else torch.finfo(torch.float32).max
-        )
+        return min(max(found, 0.0), _LARGEST) if math.isfinite(found) else _LARGEST
+
+
+def _all_outputs(module: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor]]:
+    with torch.no_grad():
+        return [_floats(module(*batch.args, **batch.kwargs)) for batch in batches]
 
 
 def _floats(outputs: object) -> list[Tensor]:
@@ -140,7 +149,7 @@ class _Measuring:
         compared = some_samples(network, batches, _COMPARED)
         calibrating = some_samples(network, batches, _CALIBRATING)
         self._network = network.copied()
-        self._reference = _Outputs.of(network, compared, loss)
+        self._reference = Outputs.of(network, compared, loss)
         self._calibrating, self._compared = Walk(network, calibrating, shelf), Walk(self._network, compared, shelf)
         self._schemes = {name: one.schemes for one in groups for name in one.sites}
         self._sites: dict[str, list[NetworkSite]] = {}

@@ -12,7 +12,7 @@ from pennyweight.core.registry import find
 from pennyweight.models.network import Network, QuantizedNetwork, fold_batch_norms
 from pennyweight.models.network.network import Inputs
 from pennyweight.pipeline.network.activations import EdgeRecord, Ranges, choose_ranges
-from pennyweight.pipeline.network.costs import network_problem
+from pennyweight.pipeline.network.costs import Outputs, network_problem
 from pennyweight.pipeline.network.equalize import EqualizationReport, equalized
 from pennyweight.pipeline.network.options import NetworkOptions
 from pennyweight.pipeline.network.planned import uniform_network_plan, with_edges
@@ -26,6 +26,9 @@ from pennyweight.plan.budget import Budget
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import PerTensor, QuantizedWeight
 from pennyweight.solvers.base import Solver
+
+# One batch in so many judges what blocks have learned from the others.
+_HELD = 4
 
 # What is being done, how much of it is done, and of how much.
 Tell = Callable[[str, int, int], None]
@@ -131,19 +134,15 @@ class _Run:
         self._notes: list[str] = []
 
     def result(self) -> NetworkResult:
-        """Ranges, then weights behind them, then blocks, then what the blocks left of the biases' shifts."""
+        """Ranges, then weights behind them, then blocks."""
         with self._timed("ranges"):
             ranges = self._ranges()
         with self._timed("weights"):
-            rounded = self._rounded(ranges, {}, corrects=self._steps.correct_bias and not self._steps.refine)
+            rounded = self._rounded(ranges, {})
         blocks: Mapping[str, BlockError] = {}
         if self._steps.refine:
-            with self._timed("blocks"):
-                codes, blocks = self._reconstructed(rounded.weights, ranges)
-            with self._timed("biases"):
-                again = self._rounded(ranges, codes, corrects=self._steps.correct_bias)
-            rounded = replace(again, records=_merged(rounded.records, again.records))
-        quantized = QuantizedNetwork(rounded.network, rounded.weights, ranges.parameters, self._plan)
+            rounded, blocks = self._refined(rounded, ranges)
+        quantized = self._quantized(rounded, ranges)
         return NetworkResult(
             quantized, rounded.records, ranges.records, blocks, self._prepared.equalization, tuple(self._notes),
             dict(self._seconds),
@@ -159,23 +158,42 @@ class _Run:
             self._network, self._batches, edges, scheme, chooser=self._options.ranges, shelf=self._shelf
         )
 
-    def _rounded(self, ranges: Ranges, codes: Mapping[str, QuantizedWeight], *, corrects: bool) -> RoundedSites:
+    def _quantized(self, rounded: RoundedSites, ranges: Ranges) -> QuantizedNetwork:
+        return QuantizedNetwork(rounded.network, rounded.weights, ranges.parameters, self._plan)
+
+    def _rounded(self, ranges: Ranges, codes: Mapping[str, QuantizedWeight]) -> RoundedSites:
         solver: Solver = with_field(find("solvers", self._steps.solver), "fit", self._steps.fit)
         asked = Asked(
-            self._plan.schemes, SiteSolver(solver, self._steps.fit), codes, ranges.parameters, corrects,
-            self._options.seed,
+            self._plan.schemes, SiteSolver(solver, self._steps.fit), codes, ranges.parameters,
+            self._steps.correct_bias, self._options.seed,
         )  # fmt: skip
         return round_sites(self._network, self._batches, asked, self._shelf, lambda *done: self._tell("weights", *done))
 
-    def _reconstructed(
-        self, weights: Mapping[str, QuantizedWeight], ranges: Ranges
-    ) -> tuple[Mapping[str, QuantizedWeight], Mapping[str, BlockError]]:
-        found = reconstructed(
-            self._network, weights, ranges.parameters, self._batches, steps=self._steps.refine,
-            seed=self._options.seed, tell=lambda *done: self._tell("blocks", *done),
-        )  # fmt: skip
+    def _refined(self, rounded: RoundedSites, ranges: Ranges) -> tuple[RoundedSites, Mapping[str, BlockError]]:
+        """With codes that blocks have learned, if the network's outputs are nearer with them on samples that they have
+        not learned from; what was there before otherwise."""
+        held = len(self._batches) // _HELD
+        learning, judging = self._batches[: len(self._batches) - held], self._batches[len(self._batches) - held :]
+        with self._timed("blocks"):
+            found = reconstructed(
+                self._network, rounded.weights, ranges.parameters, learning, steps=self._steps.refine,
+                seed=self._options.seed, tell=lambda *done: self._tell("blocks", *done),
+            )  # fmt: skip
+        with self._timed("biases"):
+            again = self._rounded(ranges, found.weights)
         self._notes += found.notes
-        return found.weights, found.blocks
+        again = replace(again, records=_merged(rounded.records, again.records))
+        if not held:
+            return again, found.blocks
+        outputs = Outputs.of(self._network, judging, self._options.loss)
+        before, after = (outputs.of_module(self._quantized(one, ranges).simulated()) for one in (rounded, again))
+        if after < before:
+            return again, found.blocks
+        self._notes.append(
+            f"learned rounding of blocks was left out: on samples held back the outputs lost {after:.3g} with it, "
+            f"{before:.3g} without"
+        )
+        return rounded, {}
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

@@ -23,10 +23,9 @@ _SEEDS = 1_000_003
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is collected: also the cross moment with the float network; about the means; of rows drawn by `seed`."""
+    """What is collected: also the cross moment with the float network; of rows drawn by `seed`."""
 
     has_cross: bool = False
-    is_centred: bool = False
     seed: int = 0
 
 
@@ -34,7 +33,7 @@ def moments_of(site: NetworkSite, name: str, rounded: Walk, original: Walk, want
     """Of the rows that `site` multiplies in the node `name`, whose arguments both walks have. None where it reads none,
     or not such that they can be had."""
     groups = site.groups
-    collector = Collector(groups, site.matrix_shape[1], has_cross=wanted.has_cross, is_centred=wanted.is_centred)
+    collector = Collector(groups, site.matrix_shape[1], has_cross=wanted.has_cross)
     if not add_rows(collector, site, name, rounded, original, wanted):
         return None
     return collector.finished()
@@ -46,8 +45,7 @@ def add_rows(collector: Collector, site: NetworkSite, name: str, rounded: Walk, 
     rows = _rows(site, name, rounded, wanted.seed)
     others = _rows(site, name, original, wanted.seed) if wanted.has_cross and original is not rounded else None
     for x in rows:
-        other = x if others is None else next(others)
-        collector.add(x, other if wanted.has_cross else None)
+        collector.add(x, x if others is None else next(others))
         found = True
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pennyweight.core.errors import DataError
 from pennyweight.models.network.network import Inputs, Network, NetworkSite, with_weight
-from pennyweight.pipeline.network.bias import add_bias_, channel_axis, mean_shift, shifted
+from pennyweight.pipeline.network.bias import add_bias_, channel_axis, function_behind, output_shift, shifted
 from pennyweight.pipeline.network.moments import Collector, Moments
 from pennyweight.pipeline.network.reading import Wanted, add_rows, moments_of
 from pennyweight.pipeline.network.shelf import Shelf
@@ -33,8 +33,8 @@ class SiteRecord:
     """How one site fared.
 
     error, error_nearest  see SolvedWeight
-    output_error          |y - ŷ|² / |y|² of what the site gives: y in the float network, ŷ behind everything that is
-                          rounded before it, its bias corrected; None where it was not looked at
+    output_error          |y - ŷ|² / |y|² of what the site gives, behind the function that follows it (ReLU): y in the
+                          float network, ŷ where all before is rounded and its bias corrected; None where unseen
     rows                  rows of inputs that its Hessian was made of
     bias_shift            largest correction of its bias, None without one
     """
@@ -63,7 +63,6 @@ class Asked:
     activations: Mapping[str, ActivationParameters] = field(default_factory=dict)
     has_bias: bool = True
     seed: int = 0
-    is_centred: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class _Work:
         for site in network.sites:
             if site.name in asked.schemes:
                 self._first.setdefault(site.nodes[0], []).append(site)
-        self._again = moments_of_float(network, batches, self._sites_called_again(), self._wanted(None), shelf)
+        self._again = moments_of_float(network, batches, self._sites_called_again(), self._wanted(), shelf)
         # Nodes of rounded sites; and values that differ between the networks: others are computed once.
         self._rounded_nodes: set[str] = set()
         self._changed: set[str] = set()
@@ -161,13 +160,10 @@ class _Work:
         if len(site.nodes) > 1:
             return self._again.get(site.name)
         rounded = self.rounded if self._changed else self.float
-        return moments_of(site, site.nodes[0], rounded, self.float, self._wanted(site))
+        return moments_of(site, site.nodes[0], rounded, self.float, self._wanted())
 
-    def _wanted(self, site: NetworkSite | None) -> Wanted:
-        has_cross = "cross" in self.asked.solver.solver.needs
-        return Wanted(
-            has_cross, site is not None and self.asked.is_centred and self._is_corrected(site), self.asked.seed
-        )
+    def _wanted(self) -> Wanted:
+        return Wanted("cross" in self.asked.solver.solver.needs, self.asked.seed)
 
     def _is_corrected(self, site: NetworkSite) -> bool:
         """Whether its bias is its own, and may be changed."""
@@ -183,10 +179,10 @@ class _Work:
             return rounded
         path = str(self.float.nodes[name].target)
         modules = [network.graph.get_submodule(path) for network in (self.corrected, self.rounded.network)]
-        axis = channel_axis(modules[0])
-        shift = mean_shift(original, rounded, axis) if self._is_corrected(site) else None
+        axis, behind = channel_axis(modules[0]), function_behind(self.float.nodes[name])
+        shift = output_shift(original, rounded, axis, behind) if self._is_corrected(site) else None
         notes = self.records[site.name].notes
-        if shift is not None:
+        if shift is not None and shift.any():
             notes = notes if modules[0].bias is not None else (*notes, "a bias was made for it")
             for module in modules:
                 add_bias_(module, shift)
@@ -194,7 +190,7 @@ class _Work:
             self.rounded.put(name, rounded)
         self.records[site.name] = replace(
             self.records[site.name],
-            output_error=relative_error(original, rounded),
+            output_error=relative_error(map(behind, original), map(behind, rounded)),
             bias_shift=None if shift is None else float(shift.abs().max()),
             notes=notes,
         )
@@ -212,10 +208,7 @@ def moments_of_float(
     for site in sites:
         for name in site.nodes:
             users.setdefault(name, []).append(site)
-    collectors = {
-        site.name: Collector(site.groups, site.matrix_shape[1], has_cross=wanted.has_cross, is_centred=False)
-        for site in sites
-    }
+    collectors = {site.name: Collector(site.groups, site.matrix_shape[1], has_cross=wanted.has_cross) for site in sites}
     walk, found = Walk(network, batches, shelf), set[str]()
     for name, node in walk.nodes.items():
         for site in users.get(name, []):
@@ -226,10 +219,12 @@ def moments_of_float(
     return {name: collector.finished() for name, collector in collectors.items() if name in found}
 
 
-def relative_error(original: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
+def relative_error(original: Iterable[Tensor], rounded: Iterable[Tensor]) -> float:
     """|y - ŷ|² / |y|² over all batches, in float64 sums; 0 where y is."""
-    total = sum(float(y.double().square().sum()) for y in original)
-    away = sum(float((y - other).double().square().sum()) for y, other in zip(original, rounded, strict=True))
+    total, away = 0.0, 0.0
+    for y, other in zip(original, rounded, strict=True):
+        total += float(y.square().sum(dtype=torch.float64))
+        away += float((y - other).square().sum(dtype=torch.float64))
     return away / total if total else 0.0
 
 

@@ -74,7 +74,7 @@ class Walk:
         return values
 
     def result(self, rest: Sequence[str], batch: int) -> Any:
-        """What comes out in one batch, as the output node has it: `rest` is computed now, what it reads is there."""
+        """What the output node has in one batch: `rest` is computed now, all that it reads besides is there."""
         left = Counter(read.name for name in rest for read in self.nodes[name].all_input_nodes)
         values: dict[str, Any] = {}
         with torch.no_grad():
