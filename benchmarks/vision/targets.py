@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from benchmarks.vision.contestants import FLOAT_SCHEME, FLOAT_TOOL, MINMAX, OURS, Contestant
 from benchmarks.vision.rows import Row
+from pennyweight.evaluate.onnx.latency import NOISE
 
 Rows = Mapping[Contestant, Row]
-# A file counts as slower than the float one from here on: a hundredth is within what repeats.
-SLOWER = 1.02
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _exact(rows: Rows) -> Iterator[Finding]:
 
 def _warned(rows: Rows) -> Iterator[Finding]:
     for contestant, row in rows.items():
-        slower = [latency.ratio for latency in row.latency.values() if latency.ratio > SLOWER]
+        slower = [latency.ratio for latency in row.latency.values() if latency.ratio > 1 + NOISE]
         if contestant.is_ours and slower:
             warned = any("slower" in str(warning) for warning in row.record.get("warnings", ()))
             times = f"{max(slower):.2f} x float's time, {'warned' if warned else 'no warning'}"

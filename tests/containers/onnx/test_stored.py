@@ -13,8 +13,9 @@ from pennyweight.containers.onnx.dialect import Dialect
 from pennyweight.containers.onnx.rules import Form, block_of, size_bytes, stored_as, why_not, why_not_activation
 from pennyweight.formats.integer import Int
 from pennyweight.models.network import NetworkSite
+from pennyweight.models.network.network import NetworkSiteKind
 from pennyweight.schemes import Parameters, QuantizedWeight, Scheme, parse_scheme
-from pennyweight.schemes.activation import ActivationScheme
+from pennyweight.schemes.activation import ActivationScheme, parse_network_scheme
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (5, 48),
@@ -144,6 +145,17 @@ def test_why_not_looks_at_activations() -> None:
     assert why_not_activation(ActivationScheme(Int(4, signed=False))) is None
     assert "4 or 8 bits" in str(why_not_activation(ActivationScheme(Int(6, signed=False))))
     assert "uint8 with a zero point" in str(why_not_activation(ActivationScheme(Int(8), is_dynamic=True)))
+
+
+@pytest.mark.parametrize(("kind", "scheme", "holds"), [
+    ("linear", "int4-channel-f32", True), ("linear", "int4-g32-f32", False), ("conv", "int4-g32-f32", True),
+])  # fmt: skip
+def test_numbers_are_rounded_in_the_run_for_products_of_integers_alone(
+    kind: NetworkSiteKind, scheme: str, holds: bool
+) -> None:
+    site = NetworkSite("l", kind, "l.weight", (4, 64, 1, 1) if kind == "conv" else (4, 64))
+    activation = parse_network_scheme("w4a8-channel-dynamic").activation
+    assert (why_not(parse_scheme(scheme), site, "onnxruntime", activation=activation) is None) == holds
 
 
 def test_an_empty_weight_and_an_unknown_runtime_are_refused() -> None:

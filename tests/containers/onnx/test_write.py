@@ -205,10 +205,29 @@ def test_static_networks_with_parts_in_float(case: str, scheme: str, tmp_path: P
 
 def test_groups_beside_static_activations_are_computed_in_float(tmp_path: Path) -> None:
     network, inputs = make("encoder", "w4a8-g16")
-    report = write_onnx(network, path := tmp_path / "net.onnx", accuracy_level=0)
+    report = write_onnx(network, path := tmp_path / "net.onnx")
     assert distance(by_onnxruntime(path, *inputs), simulated(network, *inputs)) < FLOAT_ERROR
     assert report.forms["up"] == "blocks"
     check_the_codes(network, path, "w4a8-g16")
+
+
+class Around(nn.Module):
+    """A value that a linear map reads, behind a dropout, and an addition too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop = nn.Linear(24, 32), nn.Linear(32, 32), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        return h + self.second(self.drop(h))
+
+
+def test_dynamic_values_are_rounded_for_linear_maps_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = quantized(Around().eval(), rand(3, 24), "w8a8-channel-dynamic"), rand(5, 24)
+    write_onnx(network, tmp_path / "model.onnx")
+    assert distance(by_onnxruntime(tmp_path / "model.onnx", x), simulated(network, x)) < FLOAT_ERROR
 
 
 @pytest.mark.parametrize("scheme", ["w4a8-channel-dynamic", "w8a8-channel-asym-dynamic"])

@@ -72,13 +72,31 @@ def test_a_simulated_network_computes_with_decoded_weights_and_rounded_edges() -
     assert torch.equal(network.graph(x), net(x))
 
 
-def test_a_dynamic_edge_has_the_range_of_each_tensor() -> None:
-    network = capture(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4))
-    plan = Plan({}, edges={"input_1": ActivationScheme(is_dynamic=True)})
-    simulated = QuantizedNetwork(network, {}, {}, plan).simulated()
+class Around(nn.Module):
+    """A linear map behind a dropout, and one way around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(self.drop(x))
+
+
+def test_a_dynamic_edge_has_the_range_of_each_tensor_and_linear_maps_alone_read_it_rounded() -> None:
+    network = capture(Around().eval(), torch.randn(2, 4))
+    site = network.sites[0]
+    weight = rounded(network.weight(site))
+    plan = Plan({}, edges={"x": ActivationScheme(is_dynamic=True)})
+    simulated = QuantizedNetwork(network, {site.name: weight}, {}, plan).simulated()
+
+    def expected(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return x + functional.linear(seen, weight.dequantize(), network.graph.linear.bias)
+
     x = torch.tensor([[0.0, 1.0, 2.0, 255.0]])
-    assert torch.equal(simulated(x), network.graph(x))
-    assert not torch.equal(simulated(x + 0.25), network.graph(x + 0.25))
+    assert torch.equal(simulated(x), expected(x, x))
+    x[0, 1] = 1.25
+    assert torch.equal(simulated(x), expected(x, x.round()))
     assert RoundedDynamically(ActivationScheme(is_dynamic=True))(torch.empty(0, 4)).shape == (0, 4)
 
 

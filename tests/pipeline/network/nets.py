@@ -47,6 +47,8 @@ class Between(nn.Module):
                 return functional.interpolate(torch.relu(x), size=(SIZE, SIZE), mode="bilinear")
             case "shuffle":
                 return torch.relu(x).reshape(len(x), 2, -1, SIZE, SIZE).transpose(1, 2).reshape(x.shape)
+            case "picked":
+                return torch.relu(x).index_select(1, torch.arange(x.shape[1]).flip(0))
             case "padded":
                 return functional.pad(torch.relu(x), (1, 0, 0, 1))[:, :, :-1, 1:]
         return x
@@ -100,7 +102,7 @@ def _site(kind: str, channels: int) -> nn.Module:
 
 BETWEEN = (
     "relu", "relu_", "prelu", "leaky", "max", "average", "clamp", "dropout", "halved", "bilinear", "shuffle", "padded",
-    "nothing",
+    "picked", "nothing",
 )  # fmt: skip
 STEPS = (
     "conv", "one", "depthwise", "grouped", "transposed", "transposed_groups", "residual", "around", "two", "cat",

@@ -156,7 +156,7 @@ class Two(nn.Module):
         functions = {
             "relu": torch.relu, "relu6": functional.relu6, "hardtanh": functional.hardtanh, "tanh": torch.tanh,
             "clamp": lambda y: y.clamp(0, 6), "half": lambda y: functional.hardtanh(y, 0.0, 6.0),
-            "plus": lambda y: torch.relu(y) + 1.0,
+            "plus": lambda y: torch.relu(y) + 1.0, "whole": lambda y: y.to(torch.int64).to(y.dtype),
         }  # fmt: skip
         made: Tensor = self.second(functions[self.kind](y))
         return made
@@ -181,7 +181,12 @@ def test_an_upper_bound_that_no_data_reaches_goes(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [("hardtanh", "cuts its values off"), ("tanh", "tanh (tanh) lets no scale through"), ("plus", "adds a constant")],
+    [
+        ("hardtanh", "cuts its values off"),
+        ("tanh", "tanh (tanh) lets no scale through"),
+        ("plus", "adds a constant"),
+        ("whole", "makes whole numbers of them"),
+    ],
 )
 def test_what_stands_in_the_way_is_said(kind: str, why: str) -> None:
     _, report = equalized(captured(Two(kind)))

@@ -51,7 +51,7 @@ def test_what_is_finished_computes_what_the_trained_network_does_bit_for_bit(sch
         assert not torch.equal(model(x), small()(x))
 
 
-@pytest.mark.parametrize("scheme", ["int4-channel", "w8a8-tensor"])
+@pytest.mark.parametrize("scheme", ["int4-channel", "w8a8-tensor", "w8a8-channel-dynamic"])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_kind_of_network_is_trained_and_finished(name: str, scheme: str) -> None:
     net, example = case(name)

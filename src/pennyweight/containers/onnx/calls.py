@@ -8,9 +8,10 @@ from torch import Tensor, fx, nn
 
 from pennyweight.containers.onnx.bias import fits, with_scales_for_bias
 from pennyweight.containers.onnx.dialect import Dialect
-from pennyweight.containers.onnx.edges import before_identities, end_of
+from pennyweight.containers.onnx.edges import end_of
 from pennyweight.containers.onnx.rules import Form, block_of, has_integers, stored_as
 from pennyweight.containers.onnx.stored import Stored
+from pennyweight.models.network.identity import before_identities
 from pennyweight.models.network.network import NetworkSite, NetworkSiteKind
 from pennyweight.models.network.quantized import QuantizedNetwork
 from pennyweight.schemes import QuantizedWeight
@@ -47,6 +48,17 @@ class Written:
     weight: QuantizedWeight
     calls: tuple[Call, ...]
     is_too_large: bool = False
+
+    def accuracy_level(self, dialect: Dialect) -> int:
+        """Of MatMulNBits: what an edge has rounded is not rounded again."""
+        return 0 if any(call.activation is not None for call in self.calls) else dialect.accuracy_level
+
+    def input_block(self, dialect: Dialect) -> int | None:
+        """Numbers of the input of MatMulNBits that it rounds to 8 bits together, None where it rounds none. With float
+        zero points it never does."""
+        is_product = self.form == "blocks" and self.stored.site.kind == "linear" and dialect.runtime == "onnxruntime"
+        has_level = self.accuracy_level(dialect) == 4 and not self.stored.has_float_zeros
+        return self.stored.block if is_product and has_level else None
 
 
 def written_sites(quantized: QuantizedNetwork, dialect: Dialect) -> dict[str, Written]:

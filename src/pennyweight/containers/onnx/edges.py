@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from pennyweight.containers.onnx.operations import clamp_of, integer_operands, is_identity, is_real, moved
+from pennyweight.containers.onnx.operations import clamp_of, integer_operands, is_real, moved
+from pennyweight.models.network.identity import before_identities, is_identity
 from pennyweight.models.network.network import Network
 
 
@@ -61,13 +62,6 @@ class _Makers:
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
     return [x for x in node.all_input_nodes if is_real(x)]
-
-
-def before_identities(node: fx.Node) -> fx.Node:
-    """The value that `node` is another name for."""
-    while is_identity(node) and (source := moved(node)) is not None:
-        node = source
-    return node
 
 
 def end_of(node: fx.Node) -> fx.Node:

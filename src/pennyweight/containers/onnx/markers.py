@@ -17,8 +17,8 @@ from pennyweight.containers.onnx.operations import (
     integer_operands,
     is_global_average,
     moved,
-    name_of,
 )
+from pennyweight.models.network.identity import name_of
 from pennyweight.models.network.lift import bound_arguments
 from pennyweight.models.network.network import Network
 from pennyweight.models.network.quantized import QuantizedNetwork

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from pennyweight.models.network.identity import SAME, is_identity, name_of
 from pennyweight.models.network.lift import bound_arguments
 
 # They put numbers elsewhere, repeat or drop some, but make no new ones; of a pooling that takes the greatest that holds
@@ -21,18 +22,9 @@ _MOVES = frozenset(
     }
 )  # fmt: skip
 _CUTS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk"})
-_SAME = frozenset({"contiguous", "clone", "detach", "alias", "lift_fresh_copy", "dropout", "feature_dropout"})
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"})
 # One number or one window of one tensor gives one number.
 _WITH_KERNEL = frozenset({"sigmoid", "leaky_relu", "avg_pool1d", "avg_pool2d", "avg_pool3d"})
-
-
-def name_of(node: fx.Node) -> str:
-    """The name of an ATen operation or a function without its overload, "" for anything else."""
-    if node.op != "call_function":
-        return ""
-    schema = getattr(node.target, "_schema", None)
-    return str(schema.name.split("::")[-1]) if schema is not None else str(getattr(node.target, "__name__", ""))
 
 
 def moved(node: fx.Node) -> fx.Node | None:
@@ -44,7 +36,7 @@ def moved(node: fx.Node) -> fx.Node | None:
     if name == "getitem":
         cut = source.args[0] if name_of(source) in _CUTS else None
         return cut if isinstance(cut, fx.Node) else None
-    return source if name in _MOVES or name in _SAME or _is_plain_pad(node, name) or is_identity(node) else None
+    return source if name in _MOVES or name in SAME or _is_plain_pad(node, name) or is_identity(node) else None
 
 
 def _is_plain_pad(node: fx.Node, name: str) -> bool:
@@ -52,13 +44,6 @@ def _is_plain_pad(node: fx.Node, name: str) -> bool:
     if name == "constant_pad_nd":
         return not bound_arguments(node)["value"]
     return name == "pad" and not bound_arguments(node)["value"]
-
-
-def is_identity(node: fx.Node) -> bool:
-    """Whether nothing is left of `node` in a file for inference."""
-    if node.op == "call_module":
-        return isinstance(_module(node), nn.Dropout | nn.Identity)
-    return name_of(node) in _SAME
 
 
 def clamp_of(node: fx.Node) -> fx.Node | None:
@@ -107,9 +92,3 @@ def is_real(node: fx.Node) -> bool:
 
 def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _module(node: fx.Node) -> nn.Module:
-    owner = node.graph.owning_module
-    assert owner is not None
-    return owner.get_submodule(str(node.target))

@@ -21,6 +21,7 @@ class OnnxReport:
     """opset       of the file
     sizes       exact bytes of codes, scales and zero points, site by site
     forms       how each site enters its operation: "integers", "blocks" or "decoded"
+    blocks      site whose input ONNX Runtime rounds by itself -> how many numbers together, to 8 bits
     notes       what does not go as one might expect, in sentences
     file_bytes  of the .onnx file and of what lies beside it
     """
@@ -28,6 +29,7 @@ class OnnxReport:
     opset: int
     sizes: Mapping[str, int]
     forms: Mapping[str, Form]
+    blocks: Mapping[str, int]
     notes: tuple[str, ...] = ()
     file_bytes: int = 0
 
@@ -51,11 +53,10 @@ def _about_results(written: Mapping[str, Written], dialect: Dialect) -> Iterator
             f"{_named(wide)}: x86 processors without VNNI add two products of uint8 and int8 in int16, where they "
             "may saturate: use int7-channel or fewer bits for them, or the session option session.x64quantprecision"
         )
-    blocks = [name for name, site in written.items() if site.form == "blocks" and site.stored.site.kind == "linear"]
-    floats = [name for name in blocks if written[name].stored.has_float_zeros]
-    if dialect.accuracy_level == 4 and len(blocks) > len(floats) and dialect.runtime == "onnxruntime":
+    rounded = [name for name, site in written.items() if site.input_block(dialect) is not None]
+    if rounded:
         yield (
-            f"{_named([name for name in blocks if name not in floats])}: ONNX Runtime rounds the input to 8 bits a "
+            f"{_named(rounded)}: ONNX Runtime rounds the input to 8 bits a "
             "block (accuracy level 4); accuracy level 0 computes in float32"
         )
     large = [name for name, site in written.items() if site.is_too_large]
@@ -67,9 +68,16 @@ def _about_results(written: Mapping[str, Written], dialect: Dialect) -> Iterator
 
 
 def _about_speed(written: Mapping[str, Written], dialect: Dialect) -> Iterator[str]:
-    slow = [name for name, site in written.items() if site.form == "blocks" and site.stored.bits != 4]
-    if dialect.accuracy_level != 4 and slow and dialect.runtime == "onnxruntime":
-        yield f"{_named(slow)}: 2 and 8 bits are slow at accuracy level {dialect.accuracy_level}: 4 is the fast one"
+    slow = [
+        name
+        for name, site in written.items()
+        if site.form == "blocks" and site.stored.bits != 4 and site.accuracy_level(dialect) != 4
+    ]
+    if slow and dialect.runtime == "onnxruntime":
+        yield (
+            f"{_named(slow)}: 2 and 8 bits are slow at accuracy level 0, which computes in float32: level 4 is the "
+            "fast one, for weights alone"
+        )
     floats = [name for name, site in written.items() if site.form == "blocks" and site.stored.has_float_zeros]
     if floats:
         yield f"{_named(floats)}: float zero points have no fast kernel: use integer ones (-asym)"

@@ -118,7 +118,8 @@ class Rewriting:
         return self._plus(graph.make("Mul", [product, scales], name=f"{call.node}.product"), bias, call)
 
     def _blocks_product(self, call: Call, x: Value, bias: Value | None) -> Value:
-        stored = self._written[call.site.name].stored
+        written = self._written[call.site.name]
+        stored = written.stored
         assert stored.block is not None
         parts = self.weights.blocks(call.site.name, is_rows=False)
         inputs = [x, parts["codes"], parts["scales"], parts.get("zeros")]
@@ -129,7 +130,7 @@ class Rewriting:
         outputs, width = call.site.matrix_shape
         attributes = {
             "K": width, "N": outputs, "bits": stored.bits, "block_size": stored.block,
-            "accuracy_level": self._dialect.accuracy_level,
+            "accuracy_level": written.accuracy_level(self._dialect),
         }  # fmt: skip
         return self._graph.make("MatMulNBits", inputs, name=call.node, domain=MICROSOFT, attributes=attributes)
 

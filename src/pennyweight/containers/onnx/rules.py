@@ -42,7 +42,14 @@ def why_not(
             f"{site.matrix_shape[1]} inputs cannot be split into groups of {scheme.granularity.size}: use a group size "
             "that divides them, or one scale per channel"
         )
-    return None if activation is None else why_not_activation(activation)
+    if activation is None:
+        return None
+    if activation.is_dynamic and site.kind == "linear" and not has_integers(site.kind, scheme, activation):
+        return (
+            f"{scheme} beside {activation.name}: numbers are rounded in the run for products of integers alone, which "
+            "want one scale per channel: use w4a8-channel-dynamic, or int4-g32, whose inputs MatMulNBits rounds"
+        )
+    return why_not_activation(activation)
 
 
 def why_not_activation(activation: ActivationScheme) -> str | None:

@@ -62,7 +62,8 @@ def write_onnx(
     size = _save(graph.model, path, external_bytes)
     sizes = {name: site.stored.size_bytes for name, site in written.items()}
     forms = {name: site.form for name, site in written.items()}
-    return OnnxReport(opset, sizes, forms, notes_of(quantized, written, dialect, guarded), size)
+    blocks = {name: block for name, site in written.items() if (block := site.input_block(dialect)) is not None}
+    return OnnxReport(opset, sizes, forms, blocks, notes_of(quantized, written, dialect, guarded), size)
 
 
 def write_float_onnx(network: Network, path: Path, *, external_bytes: int = EXTERNAL_BYTES) -> OnnxReport:
@@ -71,7 +72,7 @@ def write_float_onnx(network: Network, path: Path, *, external_bytes: int = EXTE
     graph = Graph(exported(network.copied(), opset))
     graph.finish(_output_names(network))
     _finish(graph.model, opset, "")
-    return OnnxReport(opset, {}, {}, (), _save(graph.model, path, external_bytes))
+    return OnnxReport(opset, {}, {}, {}, (), _save(graph.model, path, external_bytes))
 
 
 def _check(quantized: QuantizedNetwork, dialect: Dialect) -> None:

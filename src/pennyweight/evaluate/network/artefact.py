@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,6 @@ from typing import Any, Literal
 from torch import fx
 
 from pennyweight.containers.onnx import OnnxReport, Runtime, write_float_onnx, write_onnx
-from pennyweight.containers.onnx.dialect import Dialect
-from pennyweight.containers.onnx.rules import block_of
 from pennyweight.core.errors import BudgetError
 from pennyweight.core.version import versions
 from pennyweight.evaluate.network.card import network_card
@@ -70,11 +68,12 @@ def write_artefact(
         record = _described(draft, quantized, report, before.file_bytes)
         module = quantized.simulated()
         sample = sample_like(quantized.network, seed=writing.seed)
-        blocks = _blocks(quantized, report, writing.runtime)
-        allowed = allowed_errors(quantized, module, [sample], blocks=blocks)
+        allowed = allowed_errors(quantized, module, [sample], blocks=report.blocks)
         write_check(work / CHECK, argument_tensors(quantized.network, sample), outputs_of(module, sample), allowed)
         if writing.extent == "full":
-            verification = _verified(work / MODEL, quantized, module, [sample, *batches], blocks, writing.runtime)
+            verification = _verified(
+                work / MODEL, quantized, module, [sample, *batches], report.blocks, writing.runtime
+            )
             feed = arrays_of(quantized.network, quantized.network.example)
             times = latency(Path(scratch) / MODEL, work / MODEL, feed, runtime=writing.runtime, seconds=writing.seconds)
             integers = None
@@ -89,26 +88,13 @@ def write_artefact(
 
 def _verified(
     path: Path, quantized: QuantizedNetwork, module: fx.GraphModule, batches: Sequence[Inputs],
-    blocks: dict[str, int], runtime: Runtime,
+    blocks: Mapping[str, int], runtime: Runtime,
 ) -> RuntimeAgreement:  # fmt: skip
     feeds = [arrays_of(quantized.network, batch) for batch in batches]
     ours = [outputs_of(module, batch) for batch in batches]
     allowed = allowed_errors(quantized, module, batches, blocks=blocks)
     found = agreement(path, feeds, ours, allowed, runtime=runtime)
     found.check(path)
-    return found
-
-
-def _blocks(quantized: QuantizedNetwork, report: OnnxReport, runtime: Runtime) -> dict[str, int]:
-    """Linear sites whose inputs ONNX Runtime rounds to 8 bits a block -> the size of a block."""
-    dialect = Dialect(runtime)
-    if runtime != "onnxruntime" or dialect.accuracy_level != 4:
-        return {}
-    found = {}
-    for site in quantized.network.sites:
-        if report.forms.get(site.name) == "blocks" and site.kind == "linear":
-            size = block_of(site, quantized.weights[site.name].scheme, dialect)
-            found[site.name] = size or site.matrix_shape[1]
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from pennyweight.containers.onnx.edges import before_identities
+from pennyweight.models.network.identity import before_identities
 from pennyweight.models.network.network import Inputs
 from pennyweight.models.network.quantized import QuantizedNetwork, Rounded, RoundedDynamically
 

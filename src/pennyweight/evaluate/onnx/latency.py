@@ -13,7 +13,7 @@ from pennyweight.evaluate.onnx.runtime import Array, opened
 
 _WARM_UP, _LEAST, _MOST = 3, 5, 200
 # Below this share of the difference of two medians is noise of the machine.
-_NOISE = 0.05
+NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Latency:
     @property
     def warning(self) -> str | None:
         """What to tell where quantization made it slower."""
-        if self.ratio <= 1 + _NOISE:
+        if self.ratio <= 1 + NOISE:
             return None
         return (
             f"{self.runtime}: the quantized file takes {self.quantized_ms:.3g} ms a run, {self.ratio:.2f} times as "

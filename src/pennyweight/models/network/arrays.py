@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import DataError
+from pennyweight.models.network.batches import LABELS
 
 ARRAY_FILES = (".npz", ".npy", ".safetensors")
-# Names under which such a file may hold labels.
-LABELS = ("labels", "label", "targets", "y")
 _ROWS = 32
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from pennyweight.core.errors import DataError
 from pennyweight.models.network.network import Inputs, InputValue, Network
 
-_LABELS = ("labels", "label", "targets", "target")
+# What an array of labels is called.
+LABELS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def batches_of(
             raise DataError(f"batch {place}: {error}") from error
         if needs_labels and batch.labels is None:
             raise DataError(
-                f"batch {place} has no labels: yield (inputs, labels), or a mapping with one of {', '.join(_LABELS)}"
+                f"batch {place} has no labels: yield (inputs, labels), or a mapping with one of {', '.join(LABELS)}"
             )
         found.append(batch)
     if not found:
@@ -57,7 +58,7 @@ def _labels(given: Any, network: Network) -> Any:
         rest = given[own:]
         return rest[0] if len(rest) == 1 else (tuple(rest) or None)
     if isinstance(given, Mapping):
-        return next((given[name] for name in _LABELS if name in given and name not in network.example.kwargs), None)
+        return next((given[name] for name in LABELS if name in given and name not in network.example.kwargs), None)
     return None
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 
 from pennyweight.formats.integer import Int
+from pennyweight.models.network.identity import before_identities
 from pennyweight.models.network.network import Network, with_weight
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import QuantizedWeight
@@ -38,11 +39,11 @@ class QuantizedNetwork:
         for site in self.network.sites:
             if site.name in self.weights:
                 with_weight(site, graph, site.tensor(self.weights[site.name].dequantize()))
-        nodes = {node.name: node for node in graph.graph.nodes}
         for name, scheme in self.plan.edges.items():
             parameters = self.activations.get(name)
             rounding = RoundedDynamically(scheme) if scheme.is_dynamic or parameters is None else Rounded(parameters)
-            insert_after(graph, nodes[name], rounding, f"{name}_rounded")
+            readers = linear_maps(self.network, self.weights) if isinstance(rounding, RoundedDynamically) else None
+            put_behind(graph, name, rounding, f"{name}_rounded", readers)
         graph.graph.lint()
         graph.recompile()
         return graph
@@ -75,20 +76,40 @@ class RoundedDynamically(nn.Module):
 def dynamic_parameters(x: Tensor, element: Int) -> ActivationParameters:
     """scale = (max - min) / steps, zero = clamp(round(smallest - min / scale)), ties to even, all in float32; the range
     holds 0, and a tensor of zeros has the scale 1."""
-    low, high = x.min().float().clamp_max(0), x.max().float().clamp_min(0)
+    low, high = x.detach().min().float().clamp_max(0), x.detach().max().float().clamp_min(0)
     scale = (high - low) / torch.tensor(element.largest - element.smallest)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = (element.smallest - low / scale).round().clamp(element.smallest, element.largest)
     return ActivationParameters(float(scale), int(zero), element)
 
 
-def insert_after(graph: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) -> fx.Node:
-    """Let everything that reads `node` read `module` of it, which is put into `graph` as `name`."""
+def linear_maps(network: Network, sites: Collection[str]) -> set[str]:
+    """Nodes that multiply by the weight of a linear map of `sites`: what a dynamic edge is rounded for."""
+    return {name for site in network.sites if site.kind == "linear" and site.name in sites for name in site.nodes}
+
+
+def put_behind(
+    graph: fx.GraphModule, value: str, module: nn.Module, name: str, readers: Collection[str] | None = None
+) -> None:
+    """Let `readers` (None: all nodes) of `value` read `module` of it, which is put into `graph` as `name`."""
     graph.add_module(name, module)
+    nodes = {node.name: node for node in graph.graph.nodes}
+    if readers is None:
+        _insert_call(graph, nodes[value], name)
+        return
+    # Between the value and a reader may lie a dropout, which is one while it is trained.
+    for source in dict.fromkeys(node.args[0] for reader, node in nodes.items() if reader in readers):
+        if isinstance(source, fx.Node) and before_identities(source).name == value:
+            _insert_call(graph, source, name, lambda node: node.name in readers)
+
+
+def _insert_call(
+    graph: fx.GraphModule, node: fx.Node, name: str, reads: Callable[[fx.Node], bool] = lambda node: True
+) -> None:
+    """Let every node that reads `node`, and of which `reads` is true, read the module `name` of it."""
     with graph.graph.inserting_after(_last_placeholder(node)):
         call = graph.graph.call_module(name, (node,))
-    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-    return call
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call and reads(user))
 
 
 def _last_placeholder(node: fx.Node) -> fx.Node:

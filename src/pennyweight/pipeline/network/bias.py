@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor, fx, nn
 
-from pennyweight.containers.onnx.operations import name_of
+from pennyweight.models.network.identity import name_of
 
 Function = Callable[[Tensor], Tensor]
 # Of one number, number by number.

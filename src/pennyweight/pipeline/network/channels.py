@@ -7,7 +7,6 @@ the names of its terms one, and anything else lets no scale through: those names
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from pennyweight.models.network.identity import name_of
 from pennyweight.models.network.lift import bound_arguments
 from pennyweight.models.network.network import Inputs, Network, NetworkSite
 from pennyweight.models.network.part import leaves_of
@@ -85,7 +85,7 @@ def channels_of(network: Network, *, unclipped: Collection[str] = ()) -> Channel
 
 def clip_of(node: fx.Node) -> tuple[float, float] | None:
     """The bounds of an operation that cuts its values off, infinite where there is none."""
-    name = operation(node)
+    name = name_of(node)
     if name not in _CLIPS:
         return None
     low, high = _CLIPS[name]
@@ -93,16 +93,6 @@ def clip_of(node: fx.Node) -> tuple[float, float] | None:
     low, high = given.get("min_val", given.get("min", low)), given.get("max_val", given.get("max", high))
     bounds = (-torch.inf if low is None else low, torch.inf if high is None else high)
     return bounds if all(isinstance(bound, int | float) for bound in bounds) else None
-
-
-def operation(node: fx.Node) -> str:
-    """The name of the ATen operation that a node calls, "getitem" for that of Python, else ""."""
-    if node.op != "call_function":
-        return ""
-    if node.target is operator.getitem:
-        return "getitem"
-    schema = getattr(node.target, "_schema", None)
-    return "" if schema is None else str(schema.name).split("::")[-1]
 
 
 def _small(example: Inputs) -> Inputs:
@@ -158,12 +148,15 @@ class _Walk(fx.Interpreter):
     def _names_of(self, node: fx.Node, value: Any) -> Any:
         if node.name in self._sites:
             return self._site(node, self._sites[node.name], value)
-        name = operation(node)
+        name = name_of(node)
         if isinstance(self._module(node), nn.Dropout | nn.Identity):
             name = "dropout"
         given = [self._held[one] for one in node.all_input_nodes]
-        if not any(isinstance(part, Tensor) for part in pytree.tree_leaves(given)):
+        # What only asserts something of its input has no value.
+        if value is None or not any(isinstance(part, Tensor) for part in pytree.tree_leaves(given)):
             return _fixed_like(value)
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            return self._stopped(node, value, f"{node.name} ({name or node.target}) makes whole numbers of them")
         if name in _MOVES:
             return self._moved(node)
         if name == "pad":
@@ -209,10 +202,11 @@ class _Walk(fx.Interpreter):
         return known.rows.reshape(shape).expand(value.shape)
 
     def _moved(self, node: fx.Node) -> Any:
-        values = {one: self._held[one] for one in node.all_input_nodes}
+        # What says where numbers go is taken for what it is.
+        values = {one: self.env[one] if _is_index(self.env[one]) else self._held[one] for one in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         # Names do not lie in memory as the values do: what is a view of these may have to be copied.
-        target = torch.ops.aten.reshape.default if operation(node) == "view" else node.target
+        target = torch.ops.aten.reshape.default if name_of(node) == "view" else node.target
         assert callable(target)
         return target(*args, **kwargs)
 
@@ -264,6 +258,10 @@ class _Walk(fx.Interpreter):
         if len(scaled) != 1 or not is_first or not isinstance(node.args[0], fx.Node):
             return self._stopped(node, value, f"{node.name} ({name}) multiplies two of them")
         return scaled[0].expand(value.shape)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
 
 
 def _has_rows(site: NetworkSite) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -41,22 +41,32 @@ class Streams:
         ]
 
     def targets(self, block: NetworkBlock) -> list[dict[str, Any]]:
-        """All values of `block` in the float network, batch by batch."""
-        return parallel_map(lambda values: self._parts.run(block.nodes, values, weights={}), self.exact)
+        """In the float network, what is read behind `block` and what its target is, batch by batch."""
+        wanted = {*self._read_behind(), block.target}
+
+        def one(values: Mapping[str, Any]) -> dict[str, Any]:
+            return _only(wanted, self._parts.run(block.nodes, values, weights={}))
+
+        return parallel_map(one, self.exact)
 
     def advance(self, block: NetworkBlock, exact: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor]) -> None:
-        """Leave `block` behind: `exact` are its values in float, `weights` those of the rounded network."""
-        rounded = parallel_map(
-            lambda values: self._parts.run(block.nodes, values, weights=weights, changed=self._round), self.rounded
-        )
-        self._number += 1
-        self.exact, self.rounded = self._kept(exact), self._kept(rounded)
+        """Leave `block` behind: `exact` is what `targets` gave, `weights` those of the rounded network."""
+        wanted = self._read_behind()
 
-    def _kept(self, found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {name: value for name, value in values.items() if self._last.get(name, -1) >= self._number}
-            for values in found
-        ]
+        def one(values: Mapping[str, Any]) -> dict[str, Any]:
+            return _only(wanted, self._parts.run(block.nodes, values, weights=weights, changed=self._round))
+
+        self.rounded = parallel_map(one, self.rounded)
+        self.exact = [_only(wanted, values) for values in exact]
+        self._number += 1
+
+    def _read_behind(self) -> set[str]:
+        """Values that some block behind the one at hand reads."""
+        return {name for name, last in self._last.items() if last > self._number}
+
+
+def _only(names: Collection[str | None], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
 
 
 def rounding(activations: Mapping[str, ActivationParameters]) -> Changed:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pennyweight.core.errors import DataError
 from pennyweight.models.network import Network
-from pennyweight.models.network.quantized import insert_after
+from pennyweight.models.network.quantized import put_behind
 from pennyweight.schemes import Parameters, Scheme, fit_scales
 from pennyweight.schemes.activation import ActivationParameters, ActivationScheme
 from pennyweight.schemes.quantized import grouped
@@ -51,10 +51,9 @@ def edge_starts(
     Raises DataError where there are no batches, or numbers that are not finite.
     """
     graph = network.copied().graph
-    nodes = {node.name: node for node in graph.graph.nodes}
     seen = {name: _Seen(name) for name in edges}
     for name, module in seen.items():
-        insert_after(graph, nodes[name], module, f"{name}_seen")
+        put_behind(graph, name, module, f"{name}_seen")
     graph.recompile()
     place = -1
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from pennyweight.models.network.fold import NORMS, Norm
 from pennyweight.models.network.network import Network, NetworkSite
-from pennyweight.models.network.quantized import insert_after
+from pennyweight.models.network.quantized import linear_maps, put_behind
 from pennyweight.train.qat.folded import FoldedSite, norms_of
 from pennyweight.train.qat.operations import Operation
 from pennyweight.train.qat.planned import Planned
@@ -39,9 +39,10 @@ def rewritten(
     work.take_lone_norms()
     work.take_copies()
     paths = {name: f"{name}_rounding" for name in edges}
-    nodes = {node.name: node for node in work.graph.nodes}
+    linear = linear_maps(network, weights)
     for value, source in wanted.sources.items():
-        insert_after(work.network.graph, nodes[value], edges[source], paths[source])
+        readers = linear if wanted.plan.edges[value].is_dynamic else None
+        put_behind(work.network.graph, value, edges[source], paths[source], readers)
     work.graph.lint()
     # Made anew it holds what the graph reads and nothing else, as a copy of it would.
     model = fx.GraphModule(work.network.graph, work.graph)
