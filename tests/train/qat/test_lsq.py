@@ -8,7 +8,15 @@ from torch import Tensor
 
 from pennyweight.formats import NumberFormat, number_format
 from pennyweight.formats.integer import Int
-from pennyweight.train.qat.lsq import FREE, Grid, gradient_factor, passed_through, rounded, sized
+from pennyweight.train.qat.lsq import (
+    FREE,
+    Grid,
+    gradient_factor,
+    passed_through,
+    rounded,
+    sized,
+    weight_gradient_factor,
+)
 
 # Sums of a few float64 numbers in another order.
 CLOSE = 1e-12
@@ -150,6 +158,12 @@ def test_a_step_of_sgd_moves_a_scale_as_lsq_does_whatever_its_unit() -> None:
 def test_the_factor_of_the_gradient_is_lsq_s() -> None:
     assert gradient_factor(900, Int(4)) == pytest.approx(1 / (900 * 7) ** 0.5)
     assert gradient_factor(64, Int(8, signed=False)) == pytest.approx(1 / (64 * 255) ** 0.5)
+
+
+def test_steps_of_weights_move_less_the_finer_they_are() -> None:
+    assert weight_gradient_factor(144, Int(8)) == pytest.approx(1 / (12 * 127))
+    assert weight_gradient_factor(144, Int(4)) == pytest.approx(1 / (12 * 7))
+    assert weight_gradient_factor(144, Int(2)) == gradient_factor(144, Int(2))
 
 
 def test_what_is_passed_through_keeps_the_gradient() -> None:

@@ -167,3 +167,9 @@ def gradient_factor(count: int, element: NumberFormat) -> float:
     """LSQ's g = 1 / sqrt(N p) for a step that N = `count` numbers share, p the largest value: steps and weights then
     change by the same share of their size (Esser et al., section 2.2)."""
     return float((max(count, 1) * max(element.largest, 1.0)) ** -0.5)
+
+
+def weight_gradient_factor(count: int, element: NumberFormat) -> float:
+    """1 / (sqrt(N) p) for weights. A number that is cut off pulls p times as hard at the step as at itself: with LSQ's
+    factor the few weights of a channel move a step of 8 bits so far that training diverges. At p = 1 both are one."""
+    return gradient_factor(count, element) * float(max(element.largest, 1.0) ** -0.5)

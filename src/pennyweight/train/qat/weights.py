@@ -11,7 +11,7 @@ from pennyweight.schemes import PerTensor, QuantizedWeight, Scheme
 from pennyweight.schemes.parameters import Parameters
 from pennyweight.schemes.quantized import grouped
 from pennyweight.train.qat.history import History
-from pennyweight.train.qat.lsq import LEAST, Grid, gradient_factor, kept, rounded, sized
+from pennyweight.train.qat.lsq import LEAST, Grid, kept, rounded, sized, weight_gradient_factor
 
 
 def why_not_trained(scheme: Scheme) -> str | None:
@@ -53,7 +53,7 @@ class WeightRounding(nn.Module):
         self.register_buffer("unit", given.scales.clone())
         self.history = History(site.matrix_shape, given.scales.device) if has_history else None
         outputs, inputs = site.matrix_shape
-        self.factor = gradient_factor(outputs * inputs // given.scales.numel(), scheme.element)
+        self.factor = weight_gradient_factor(outputs * inputs // given.scales.numel(), scheme.element)
         self.is_enabled = True
 
     def forward(self, matrix: Tensor, rows: Tensor | None = None) -> Tensor:
