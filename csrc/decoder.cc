@@ -67,19 +67,51 @@ Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderBlock> blocks, co
 }
 
 std::uint8_t* Decoder::cache(std::vector<std::uint8_t>& all, std::size_t block, std::size_t head) {
-  const std::size_t bytes = shape_.cache_kind == FloatKind::kFloat32 ? 4 : 2;
-  return all.data() + (block * shape_.key_heads + head) * positions_ * shape_.width * bytes;
+  return all.data() + (block * shape_.key_heads + head) * positions_ * shape_.width * number_bytes();
 }
 
 void Decoder::reserve(std::size_t positions, const float* cosines, const float* sines) {
+  if (positions < length_) throw std::invalid_argument("decoder: there are more tokens than that");
   cosines_ = cosines;
   sines_ = sines;
-  length_ = 0;
   limit_ = positions;
-  positions_ = (positions + kPositionsAtOnce - 1) / kPositionsAtOnce * kPositionsAtOnce;
-  const std::size_t bytes = shape_.cache_kind == FloatKind::kFloat32 ? 4 : 2;
-  for (std::vector<std::uint8_t>* all : {&keys_, &values_}) {
-    all->assign(blocks_.size() * shape_.key_heads * positions_ * shape_.width * bytes, 0);
+  const std::size_t before = positions_, bytes = number_bytes(), heads = blocks_.size() * shape_.key_heads;
+  const std::size_t after = (positions + kPositionsAtOnce - 1) / kPositionsAtOnce * kPositionsAtOnce;
+  if (after <= before) return;
+  // Moves `rows` of `used` bytes each.
+  const auto grown = [&](const std::vector<std::uint8_t>& all, std::size_t rows, std::size_t used) {
+    std::vector<std::uint8_t> room(heads * after * shape_.width * bytes, 0);
+    const std::size_t to = room.size() / std::max<std::size_t>(1, rows),
+                      from = all.size() / std::max<std::size_t>(1, rows);
+    for (std::size_t row = 0; used != 0 && row < rows; ++row) {
+      std::memcpy(room.data() + row * to, all.data() + row * from, used);
+    }
+    return room;
+  };
+  keys_ = grown(keys_, heads * shape_.width, length_ * bytes);
+  values_ = grown(values_, heads, length_ * shape_.width * bytes);
+  positions_ = after;
+}
+
+void Decoder::copy(std::size_t block, float* keys, float* values) const {
+  if (block >= blocks_.size()) throw std::invalid_argument("decoder: there is no such block");
+  const auto number = [&](const std::vector<std::uint8_t>& all, std::size_t at) {
+    float x = 0;
+    if (shape_.cache_kind == FloatKind::kFloat32) {
+      std::memcpy(&x, all.data() + 4 * at, 4);
+    } else {
+      std::memcpy(reinterpret_cast<std::uint8_t*>(&x) + 2, all.data() + 2 * at, 2);
+    }
+    return x;
+  };
+  for (std::size_t head = 0; head < shape_.key_heads; ++head) {
+    const std::size_t first = (block * shape_.key_heads + head) * shape_.width * positions_;
+    for (std::size_t position = 0; position < length_; ++position) {
+      for (std::size_t k = 0; k < shape_.width; ++k) {
+        *keys++ = number(keys_, first + k * positions_ + position);
+        *values++ = number(values_, first + position * shape_.width + k);
+      }
+    }
   }
 }
 

@@ -44,17 +44,25 @@ class Decoder {
   Decoder(const DecoderShape& shape, std::vector<DecoderBlock> blocks, const float* final_norm, Linear head,
           const PackedKernels& kernels);
 
-  // Room for keys and values of so many positions, all forgotten. `cosines` and `sines` [positions, rotated].
+  // Room for keys and values of so many positions, those that are known among them. `cosines` and `sines`
+  // [positions, rotated].
   void reserve(std::size_t positions, const float* cosines, const float* sines);
 
   // Embeddings x [tokens, hidden], changed, of the next tokens -> logits [rows of the head] after the last of them;
   // null where nobody asks. Throws std::invalid_argument where there is no room for them.
   void run(float* x, std::size_t tokens, float* logits, std::size_t threads);
 
+  // Tokens that went through it.
+  std::size_t length() const { return length_; }
+
+  // Keys, turned, and values of a block, both [key heads, length, width].
+  void copy(std::size_t block, float* keys, float* values) const;
+
  private:
   void run_block(const DecoderBlock& block, std::size_t index, float* x, std::size_t tokens, std::size_t threads);
   void multiply(const float* x, std::size_t tokens, const std::vector<std::pair<const Linear*, float*>>& products,
                 std::size_t threads);
+  std::size_t number_bytes() const { return shape_.cache_kind == FloatKind::kFloat32 ? 4 : 2; }
   // Keys or values of a head.
   std::uint8_t* cache(std::vector<std::uint8_t>& all, std::size_t block, std::size_t head);
   void keep(std::size_t block, std::size_t head, std::size_t position, const float* key, const float* value);

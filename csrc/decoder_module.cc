@@ -91,6 +91,13 @@ void bind_decoder(nb::module_& module) {
             self.reserve(positions, floats(cosines), floats(sines));
           },
           nb::arg("positions"), nb::arg("cosines"), nb::arg("sines"))
+      .def_prop_ro("length", &pennyweight::Decoder::length)
+      .def(
+          "copy",
+          [](const pennyweight::Decoder& self, std::size_t block, Address keys, Address values) {
+            self.copy(block, reinterpret_cast<float*>(keys), reinterpret_cast<float*>(values));
+          },
+          nb::arg("block"), nb::arg("keys"), nb::arg("values"))
       .def("run", &run, nb::arg("x"), nb::arg("tokens"), nb::arg("logits"), nb::arg("threads"),
            "Embeddings x [tokens, hidden] of the next tokens, changed; logits after the last, or 0.");
 }

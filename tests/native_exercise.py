@@ -38,6 +38,8 @@ def main(directory: Path) -> None:
         for bits, group in itertools.product((2, 3, 4, 5, 6, 8), (16, 32, 48, 64, 128)):
             if group % 32 == 0 or bits not in (3, 5):
                 _multiply_packed(native, table, bits, group)
+        for stored, is_exact in itertools.product((0, 1), (False, True)):
+            _decode_text(native, table, stored, is_exact)
         native.read_memory(memoryview(bytearray(100_003)), 3, table)
         print(f"{table}: every kernel ran")
     _read_damaged(native)
@@ -148,6 +150,35 @@ def _multiply_packed(native: Any, table: str, bits: int, group: int) -> None:
             threads = 1 + tokens % 3
             given = (x.buffer_info()[0], tokens, cols, matrices, biases, places, kind, is_exact, threads, table)
             native.packed_multiply(*given)
+
+
+def _decode_text(native: Any, table: str, stored: int, is_exact: bool) -> None:
+    """A text of 40 tokens, some together and some alone, with room made in between."""
+    hidden, width, heads, inner, words = 32, 16, 4, 48, 40
+    kept = []
+
+    def address(*shape: int) -> int:
+        kept.append(_matrix(*shape))
+        return ctypes.addressof(ctypes.c_char.from_buffer(kept[-1]))
+
+    def linear(rows: int, cols: int) -> Any:
+        return native.dense_linear(address(rows, cols), 0, rows, cols, 0)
+
+    shapes = ((64, 32), (32, 32), (32, 32), (32, 64), (inner, 32), (inner, 32), (32, inner))
+    for window in (0, 5):
+        blocks = [
+            native.decoder_block(address(hidden), 0, 0, address(hidden), [linear(*shape) for shape in shapes], window)
+            for _ in range(2)
+        ]
+        decoder = native.Decoder(
+            hidden, heads, 2, width, width, 1e-5, 0.25, 0, is_exact, stored, blocks, address(hidden),
+            linear(words, hidden), table,
+        )  # fmt: skip
+        for room, tokens in ((3, 3), (20, 9), (40, 1), (40, 27)):
+            decoder.reserve(room, address(room, width), address(room, width))
+            decoder.run(address(tokens, hidden), tokens, address(words), 2)
+        for block in range(2):
+            decoder.copy(block, address(2 * decoder.length, width), address(2 * decoder.length, width))
 
 
 def _read_damaged(native: Any) -> None:

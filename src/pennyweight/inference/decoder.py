@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ _TOLERANCE = 0.1
 # Tokens that both are tried on: some together, some one by one.
 _TRIED = (9, 3)
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_ATTRIBUTE = "_pennyweight_decoder"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class DecoderParts:
 
 
 class Decoder:
-    """The text so far, as keys and values of all its tokens; `positions` is the number of tokens it has room for."""
+    """The text so far, as keys and values of all its tokens. There is room for `positions` of them; when it is full,
+    for twice as many."""
 
     def __init__(self, parts: DecoderParts, *, positions: int) -> None:
         library, anatomy = native(), parts.anatomy
@@ -47,12 +48,36 @@ class Decoder:
         assert anatomy is not None
         self._anatomy, self._parts = anatomy, parts
         self._native = library.Decoder(*parts.native, kernel_table())
-        angles = anatomy.rotary(torch.empty(1, 1, anatomy.hidden), torch.arange(positions)[None])
+        self._reserve(positions)
+
+    def _reserve(self, positions: int) -> None:
+        with torch.no_grad():
+            angles = self._anatomy.rotary(torch.empty(1, 1, self._anatomy.hidden), torch.arange(positions)[None])
+        # The native part refers to them.
         self._angles = [part[0].float().contiguous() for part in angles]
+        self._positions = positions
         self._native.reserve(positions, *(part.data_ptr() for part in self._angles))
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return int(self._native.length)
+
+    @property
+    def blocks(self) -> int:
+        return len(self._anatomy.blocks)
+
+    def keys_and_values(self, block: int) -> tuple[Tensor, Tensor]:
+        """Both [1, heads of keys, tokens, width] in the model's type, keys turned by their positions."""
+        shape = (1, self._anatomy.key_heads, self.length, self._anatomy.width)
+        keys, values = torch.empty(shape), torch.empty(shape)
+        self._native.copy(block, keys.data_ptr(), values.data_ptr())
+        return keys.to(self._anatomy.dtype), values.to(self._anatomy.dtype)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """float32 [vocabulary] after `ids`, which follow what went before."""
+        if self.length + len(ids) > self._positions:
+            self._reserve(max(2 * self._positions, self.length + len(ids)))
         logits = torch.empty(self._anatomy.vocabulary)
         for start in range(0, len(ids), _CHUNK):
             part = torch.tensor(ids[start : start + _CHUNK])
@@ -69,16 +94,39 @@ def decoder_parts(model: Any) -> DecoderParts:
     The parts are found by their names and shapes, everything that has weights must be one of them, and the result is
     compared with the model's own before it is trusted.
     """
-    known: DecoderParts | None = model.__dict__.get(_ATTRIBUTE)
-    if known is None:
-        known = _found(model)
-        model.__dict__[_ATTRIBUTE] = known
-    return known
+    made_of = _made_of(model)
+    known = _known.get(model)
+    if known is None or known[0] != made_of:
+        known = made_of, _found(model)
+        _known[model] = known
+    return known[1]
+
+
+# What models were made of when they were looked at, and what was found.
+_known: WeakKeyDictionary[Any, tuple[list[tuple[Any, ...]], DecoderParts]] = WeakKeyDictionary()
+
+
+def _made_of(model: Any) -> list[tuple[Any, ...]]:
+    """Changes with a module that is replaced, a weight that is written to and a hook that is set."""
+    inner = [module for module in model.modules() if module is not model]
+    weights = [weight for module in inner for weight in module._parameters.values() if weight is not None]
+    return [
+        *((module, _has_hooks(module)) for module in inner),
+        *((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights),
+    ]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Of somebody who wants to know what goes through: those of transformers do nothing here."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def _found(model: Any) -> DecoderParts:
     if native() is None:
         return DecoderParts("there is no native library")
+    if any(_has_hooks(module) for module in model.modules() if module is not model):
+        return DecoderParts("hooks of its modules would not be called")
     anatomy = anatomy_of(model)
     if isinstance(anatomy, str):
         return DecoderParts(anatomy)

@@ -78,6 +78,8 @@ def load(
     Raises ModelError for a directory that holds no quantized weights, CheckpointError where files are missing or
     damaged, UsageError for settings that do not exist.
     """
+    from pennyweight.inference.generation import generate_natively
+
     check_activations(activations)
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype={dtype}: give torch.float32, torch.bfloat16 or torch.float16, or leave it out")
@@ -92,6 +94,7 @@ def load(
     matrices = [weight for weight in found.weights.values() if isinstance(weight, PackedMatrix)]
     model = frame.model.eval()
     keep_to_one_thread(model)
+    generate_natively(model)
     model.load_report = LoadReport(
         path=path, activations=activations, packed=len(matrices),
         packed_bytes=sum(matrix.layout.size_bytes for matrix in matrices), decoded=dict(frame.plan.decoded),
