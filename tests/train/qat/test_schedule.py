@@ -38,3 +38,10 @@ def test_dampening_rises_from_nothing_and_the_threshold_of_freezing_falls() -> N
 def test_the_fewer_the_bits_the_less_weights_decay(bits: int, share: float) -> None:
     assert FitOptions().decay_at(bits) == pytest.approx(1e-4 * share)
     assert FitOptions(decay=0.3).decay_at(bits) == 0.3
+
+
+def test_by_default_norms_stand_still_only_while_the_rate_is_low() -> None:
+    """With frozen statistics and a high rate networks of 8 bits collapsed."""
+    schedule = Schedule(FitOptions(), 1000)
+    first = next(step for step in range(1000) if schedule.is_norm_frozen(step))
+    assert 0 < schedule.rate(first) < 0.05

@@ -35,7 +35,8 @@ class FitOptions:
     decay         of weights; None: 1e-4 with SGD and 0.01 with AdamW, half of that at 3 bits and a quarter at 2
     momentum      of SGD
     warm_up       share of the steps over which the rate rises from 0; from there it falls to 0 as a cosine
-    frozen_norms  share of the steps, at the end, in which the statistics of batch norms stand still
+    frozen_norms  share of the steps, at the end, in which the statistics of batch norms stand still; while the rate is
+                  high nothing but these statistics keeps a network in its range
     dampening     the factor of the dampening loss at the end, to which it rises from 0 as a cosine; 0 for none
     freezing      the frequencies of turns above which codes are frozen, at the start and at the end; None for never
     objective     what is made small
@@ -51,7 +52,7 @@ class FitOptions:
     decay: float | None = None
     momentum: float = 0.9
     warm_up: float = 0.05
-    frozen_norms: float = 0.3
+    frozen_norms: float = 0.1
     dampening: float = 0.0
     freezing: tuple[float, float] | None = None
     objective: Objective = field(default_factory=Objective)
