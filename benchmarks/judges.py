@@ -100,10 +100,8 @@ class SentenceJudge:
         self._model = StreamedModel(model)
         rows = read_pairs(pairs)[:samples]
         self._gold = torch.tensor([score for _, _, score in rows], dtype=torch.float64)
-        self.sentences = list(dict.fromkeys(sentence for row in rows for sentence in row[:2]))
-        place = {sentence: index for index, sentence in enumerate(self.sentences)}
-        self._left = torch.tensor([place[left] for left, _, _ in rows])
-        self._right = torch.tensor([place[right] for _, right, _ in rows])
+        self.sentences, places = numbered(rows)
+        self._left, self._right = torch.tensor(places).T
         tokenizer = text.load_tokenizer(model)
         tokens = Tokens(tokenizer, text.special_tokens(tokenizer))
         self._ids = [tokens.sentence(sentence).ids for sentence in self.sentences]
@@ -130,6 +128,13 @@ def read_pairs(path: Path) -> list[tuple[str, str, float]]:
     """Rows of an STS file: sentence, sentence, score."""
     with path.open(encoding="utf-8", newline="") as file:
         return [(left, right, float(score)) for left, right, score in csv.reader(file)]
+
+
+def numbered(rows: Sequence[tuple[str, str, float]]) -> tuple[list[str], list[tuple[int, int]]]:
+    """The distinct sentences of `rows`, and of each row the places of its two among them."""
+    sentences = list(dict.fromkeys(sentence for row in rows for sentence in row[:2]))
+    place = {sentence: index for index, sentence in enumerate(sentences)}
+    return sentences, [(place[left], place[right]) for left, right, _ in rows]
 
 
 def measure_sizes(candidate: StreamedModel, reference: StreamedModel) -> Sizes:

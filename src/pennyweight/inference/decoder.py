@@ -22,6 +22,8 @@ _CHUNK = 384
 _TOLERANCE = 0.1
 # Tokens that both are tried on: some together, some one by one.
 _TRIED = (9, 3)
+# What transformers calls its keys and values from 5.24 on, and before.
+CACHES = ("cache", "past_key_values")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 

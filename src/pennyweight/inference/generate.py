@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.parallel import one_thread_per_operation
-from pennyweight.inference.decoder import Decoder, decoder_parts
+from pennyweight.inference.decoder import CACHES, Decoder, DecoderParts, decoder_parts
 
 
 def stream(
@@ -21,8 +21,8 @@ def stream(
     With temperature 0 the most likely one each time, else drawn by `generator` (torch's own by default) from the
     softmax of logits / temperature. Nothing else of generation_config.json is heeded than the tokens that end a text.
     """
-    logits_after = _by_decoder if decoder_parts(model).why_not is None else _by_model
-    ends, logits = _ends(model), logits_after(model, ids, max_tokens)
+    parts, ends = decoder_parts(model), _ends(model)
+    logits = _by_decoder(parts, ids, max_tokens) if parts.why_not is None else _by_model(model)
     given: Sequence[int] = ids[0].tolist()
     for _ in range(max_tokens):
         # Between two operations on several threads OpenMP's helpers spin, and take the cores from those of a product.
@@ -38,17 +38,16 @@ def stream(
 Logits = Callable[[Sequence[int]], Tensor]
 
 
-def _by_decoder(model: Any, ids: Tensor, max_tokens: int) -> Logits:
-    decoder = Decoder(decoder_parts(model), positions=ids.shape[1] + max_tokens)
+def _by_decoder(parts: DecoderParts, ids: Tensor, max_tokens: int) -> Logits:
+    decoder = Decoder(parts, positions=ids.shape[1] + max_tokens)
     return lambda given: decoder.logits(given)[None]
 
 
-def _by_model(model: Any, ids: Tensor, max_tokens: int) -> Logits:
+def _by_model(model: Any) -> Logits:
     """Through the forward pass of the model; without a cache of its own it is given the whole text each time."""
     accepted = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    # What transformers calls it from 5.24 on, and before.
-    cache = "cache" if "cache" in accepted else "past_key_values"
+    cache = next((name for name in CACHES if name in accepted), CACHES[-1])
     text: list[int] = []
     past: Any = None
 

@@ -16,17 +16,14 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pennyweight.core.parallel import one_thread_per_operation
-from pennyweight.inference.decoder import Decoder, decoder_parts
+from pennyweight.inference.decoder import CACHES, Decoder, decoder_parts
 
-# What transformers calls it from 5.24 on, and before.
-_CACHES = ("cache", "past_key_values")
-_CACHE = next(name for name in _CACHES if name in CausalLMOutputWithPast.__dataclass_fields__)
+_CACHE = next(name for name in CACHES if name in CausalLMOutputWithPast.__dataclass_fields__)
 # Arguments that change nothing here, or whose values are looked at.
 _KNOWN = frozenset(
     {
         "input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep",
-        *_CACHES,
+        *CACHES,
     }
 )  # fmt: skip
 # Room for so many tokens behind a prompt; more is made when it is full.
@@ -96,14 +93,13 @@ def _forward_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **given: Any) -> Any:
         if torch.compiler.is_compiling() or args or not _is_text(self, given):
             return original(self, *args, **given)
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-        if type(cache) is DynamicCache and _is_empty(cache) and decoder_parts(self).why_not is None:
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        if type(cache) is DynamicCache and _is_empty(cache) and (parts := decoder_parts(self)).why_not is None:
             tokens = int(given["input_ids"].shape[1])
-            cache = PackedCache.hold(cache, Decoder(decoder_parts(self), positions=tokens + _ROOM))
+            cache = PackedCache.hold(cache, Decoder(parts, positions=tokens + _ROOM))
         if not isinstance(cache, PackedCache) or not _follows(given, cache.get_seq_length()):
             return original(self, *args, **given)
-        with one_thread_per_operation():
-            logits = cache.decoder.logits(given["input_ids"][0].tolist())
+        logits = cache.decoder.logits(given["input_ids"][0].tolist())
         result: dict[str, Any] = {"logits": logits[None, None].to(self.dtype), _CACHE: cache}
         return CausalLMOutputWithPast(**result)
 

@@ -11,7 +11,7 @@ from pennyweight.containers.onnx.dialect import Dialect
 from pennyweight.containers.onnx.edges import end_of
 from pennyweight.containers.onnx.rules import Form, block_of, has_integers, stored_as
 from pennyweight.containers.onnx.stored import Stored
-from pennyweight.models.network.identity import before_identities
+from pennyweight.models.network.identity import value_read
 from pennyweight.models.network.network import NetworkSite, NetworkSiteKind
 from pennyweight.models.network.quantized import QuantizedNetwork
 from pennyweight.schemes import QuantizedWeight
@@ -93,8 +93,7 @@ def _call(quantized: QuantizedNetwork, site: NetworkSite, node: fx.Node) -> Call
         target = str(node.target)
         module = quantized.network.graph.get_submodule(target)
         kind = "embedding" if isinstance(module, nn.Embedding) else "linear" if isinstance(module, nn.Linear) else kind
-    source = node.args[0]
-    edge = before_identities(source).name if isinstance(source, fx.Node) else ""
+    edge = value_read(node)
     scheme = quantized.plan.edges.get(edge)
     return Call(site, node.name, kind, target, None if scheme is None else edge, scheme)
 

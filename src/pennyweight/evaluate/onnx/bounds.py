@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from pennyweight.models.network.identity import before_identities
+from pennyweight.models.network.identity import value_read
 from pennyweight.models.network.network import Inputs
 from pennyweight.models.network.quantized import QuantizedNetwork, Rounded, RoundedDynamically
 
@@ -135,9 +135,7 @@ def _bias_steps(quantized: QuantizedNetwork) -> dict[str, Tensor]:
     for site in quantized.network.sites:
         weight = quantized.weights.get(site.name)
         for name in site.nodes if weight is not None and site.kind in ("linear", "conv") else ():
-            source = nodes[name].args[0]
-            edge = before_identities(source).name if isinstance(source, fx.Node) else ""
-            parameters = quantized.activations.get(edge)
+            parameters = quantized.activations.get(value_read(nodes[name]))
             if parameters is not None and weight is not None:
                 found[name] = weight.parameters.decoded(weight.scheme).scales.abs().amax(1) * parameters.scale / 2
     return found

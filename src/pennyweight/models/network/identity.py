@@ -29,3 +29,9 @@ def before_identities(node: fx.Node) -> fx.Node:
     while is_identity(node) and isinstance(source := node.args[0], fx.Node):
         node = source
     return node
+
+
+def value_read(node: fx.Node) -> str:
+    """The name of the value that `node` multiplies, its first argument; "" where that is none of the graph's."""
+    source = node.args[0]
+    return before_identities(source).name if isinstance(source, fx.Node) else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pennyweight.formats.integer import Int
-from pennyweight.models.network.identity import before_identities
+from pennyweight.models.network.identity import value_read
 from pennyweight.models.network.network import Network, with_weight
 from pennyweight.plan.plan import Plan
 from pennyweight.schemes import QuantizedWeight
@@ -39,11 +39,13 @@ class QuantizedNetwork:
         for site in self.network.sites:
             if site.name in self.weights:
                 with_weight(site, graph, site.tensor(self.weights[site.name].dequantize()))
+        linear = linear_maps(self.network, self.weights)
         for name, scheme in self.plan.edges.items():
             parameters = self.activations.get(name)
-            rounding = RoundedDynamically(scheme) if scheme.is_dynamic or parameters is None else Rounded(parameters)
-            readers = linear_maps(self.network, self.weights) if isinstance(rounding, RoundedDynamically) else None
-            put_behind(graph, name, rounding, f"{name}_rounded", readers)
+            if scheme.is_dynamic or parameters is None:
+                put_behind(graph, name, RoundedDynamically(scheme), f"{name}_rounded", linear)
+            else:
+                put_behind(graph, name, Rounded(parameters), f"{name}_rounded")
         graph.graph.lint()
         graph.recompile()
         return graph
@@ -98,9 +100,10 @@ def put_behind(
         _insert_call(graph, nodes[value], name)
         return
     # Between the value and a reader may lie a dropout, which is one while it is trained.
-    for source in dict.fromkeys(node.args[0] for reader, node in nodes.items() if reader in readers):
-        if isinstance(source, fx.Node) and before_identities(source).name == value:
-            _insert_call(graph, source, name, lambda node: node.name in readers)
+    reading = [node for node in nodes.values() if node.name in readers and value_read(node) == value]
+    for source in dict.fromkeys(node.args[0] for node in reading):
+        assert isinstance(source, fx.Node)
+        _insert_call(graph, source, name, lambda node: node.name in readers)
 
 
 def _insert_call(

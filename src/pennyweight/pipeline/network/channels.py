@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from pennyweight.models.network.identity import name_of
+from pennyweight.models.network.identity import is_identity, name_of
 from pennyweight.models.network.lift import bound_arguments
 from pennyweight.models.network.network import Inputs, Network, NetworkSite
 from pennyweight.models.network.part import leaves_of
@@ -149,8 +149,6 @@ class _Walk(fx.Interpreter):
         if node.name in self._sites:
             return self._site(node, self._sites[node.name], value)
         name = name_of(node)
-        if isinstance(self._module(node), nn.Dropout | nn.Identity):
-            name = "dropout"
         given = [self._held[one] for one in node.all_input_nodes]
         # What only asserts something of its input has no value.
         if value is None or not any(isinstance(part, Tensor) for part in pytree.tree_leaves(given)):
@@ -161,7 +159,7 @@ class _Walk(fx.Interpreter):
             return self._moved(node)
         if name == "pad":
             return self._padded(node, value)
-        if name in _ALIKE or self._is_open(node):
+        if name in _ALIKE or is_identity(node) or self._is_open(node):
             return given[0]
         if name in _POOLS or name in _REDUCTIONS:
             return self._pooled(node, name, given[0], value)
