@@ -2,6 +2,7 @@
 
 transformers imports, for features that nothing here touches (tensor parallelism, paged attention, detection losses),
 torch.distributed.tensor, torch._dynamo, sympy and scipy: more than a second, half of all that it takes to import it.
+And it reads the source of all its models twice, each time for a list of their names, where one list is enough.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import FunctionType, ModuleType
 from typing import Any, Union
 
@@ -20,6 +21,7 @@ UNUSED = (
     "scipy.optimize",
     "torch._dynamo",
     "torch.distributed._composable.fsdp",
+    "torch.distributed._functional_collectives",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
@@ -30,16 +32,22 @@ UNUSED = (
     "transformers.integrations.sdpa_paged",
 )
 
+# Packages whose own code does nothing but list what lies in them.
+LISTS = ("transformers.models",)
+
 _COMPILER = "torch._dynamo"
 
 
 @contextmanager
-def postponed(names: Sequence[str] = UNUSED) -> Iterator[None]:
+def postponed(names: Sequence[str] = UNUSED, *, lists: Sequence[str] = LISTS) -> Iterator[None]:
     """Modules `names`, and those below them, that are imported inside are stand-ins: what is taken from them is the
     real thing from its first use on. Those that have been imported before stay what they are; after the block an
     import gives the real module. The first use inside the block ends the postponement for the rest of it.
+
+    Packages `lists` that are imported inside do not run before they are asked for a name that is no module which was
+    imported from them; that may be long after the block.
     """
-    finder = _Finder(tuple(name for name in names if name not in sys.modules))
+    finder = _Finder(tuple(name for name in names if name not in sys.modules), lists)
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -115,19 +123,46 @@ class _StandIn(ModuleType):
         return _Later(self._finder, self.__name__, name)
 
 
-class _Finder(MetaPathFinder, Loader):
-    """Makes stand-ins until it is told to `end`; then none of them can be found any more."""
+class _List(ModuleType):
+    """A package that has not run, from which modules are imported as if it had."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        return getattr(self._real(), name)
+
+    def __dir__(self) -> Iterable[str]:
+        return dir(self._real())
+
+    def _real(self) -> ModuleType:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return importlib.import_module(self.__name__)
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Makes stand-ins until it is told to `end`; then none of them can be found any more. The packages `lists` stay as
+    they are then."""
+
+    def __init__(self, names: tuple[str, ...], lists: Sequence[str]) -> None:
         self._names = names
+        self._lists = set(lists)
         self._made: dict[str, ModuleType] = {}
 
-    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
         if any(fullname == name or fullname.startswith(f"{name}.") for name in self._names):
             return ModuleSpec(fullname, self, is_package=True)
-        return None
+        if fullname not in self._lists:
+            return None
+        self._lists.remove(fullname)
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None:
+            spec.loader = self
+        return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if spec.has_location:
+            return _List(spec.name)
         self._made[spec.name] = _StandIn(spec, self)
         return self._made[spec.name]
 
