@@ -38,6 +38,14 @@ def test_every_module_that_provides_is_found_in_order_of_name(folder: str) -> No
     assert find(folder, "pear").name == "pear"
 
 
+def test_folders_in_the_folder_are_not_imported(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder / "deeper").mkdir()
+    (tmp_path / folder / "deeper" / "__init__.py").write_text(ONE.format(a="fig", b="plum"))
+    provided.cache_clear()
+    assert "fig" not in provided(folder)
+    assert f"pennyweight.{folder}.deeper" not in sys.modules
+
+
 def test_entry_points_bring_the_same_objects(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
     class Thing:

@@ -1,4 +1,5 @@
-"""Plug-ins: every module of a folder that ends in `PROVIDES = (Thing(),)` is found by scanning the folder.
+"""Plug-ins: every module of a folder that ends in `PROVIDES = (Thing(),)` is found by scanning the folder, but not the
+folders in it.
 
 Third parties provide the same objects through entry points in the group `pennyweight.<folder>`.
 """
@@ -20,6 +21,8 @@ def provided(folder: str) -> dict[str, Any]:
     package = importlib.import_module(f"pennyweight.{folder}")
     found: list[Any] = []
     for info in pkgutil.iter_modules(package.__path__):
+        if info.ispkg:
+            continue
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         found.extend(getattr(module, "PROVIDES", ()))
     for point in entry_points(group=f"pennyweight.{folder}"):
