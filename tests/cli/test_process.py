@@ -21,6 +21,19 @@ MAIN = [sys.executable, "-m", "pennyweight.cli.main"]
 # DESIGN: `--help` answers in under 0.3 s. Counted in processor time, which a busy machine does not stretch much.
 HELP_S = 0.3
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
+# Of what a plan with known costs has no use for, what takes longest to import.
+UNUSED_BY_A_PLAN = {
+    "torch._dynamo",
+    "torch.distributed._functional_collectives",
+    "torch.distributed.tensor",
+    "scipy.optimize",
+    "sympy",
+    "onnx",
+    "matplotlib",
+    "compressed_tensors",
+    "pennyweight.containers.onnx",
+    "pennyweight.models.network",
+}
 
 
 def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -57,6 +70,27 @@ def test_help_is_quick() -> None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(4)) < HELP_S
+
+
+@pytest.mark.slow
+def test_a_second_plan_imports_nothing_heavy_that_it_has_no_use_for(model: Path, text: str) -> None:
+    asked = ["plan", str(model), "--calibration", text, "--length", "24", "--samples", "8", "--json"]
+    assert "costs measured" in _run(*asked, "--bpw", 12).stderr
+    code = f"""
+import gc, sys
+from pennyweight.cli.main import app
+try:
+    app([*{asked!r}, "--bpw", "13"])
+except SystemExit as end:
+    assert end.code == 0
+print("\\nMODULES", *sys.modules)
+print("LIST", "__all__" in vars(sys.modules["transformers.models"]), gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert "costs measured" not in done.stderr
+    modules, state = done.stdout.split("MODULES")[1].split("LIST")
+    assert not UNUSED_BY_A_PLAN & set(modules.split())
+    assert state.split() == ["False", "True", "True"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import typer
 
 from pennyweight.cli import options as shared
 from pennyweight.cli.console import cost_teller, device_of, mebibytes, put_json, set_jobs, table, trial_teller
+from pennyweight.core.memory import settled_imports
 
 if TYPE_CHECKING:
     from pennyweight.evaluate.planned import Planned
@@ -49,11 +50,12 @@ def plan(
     """
     import time
 
-    from pennyweight.evaluate.planned import planned
-    from pennyweight.pipeline.options import Options
-    from pennyweight.pipeline.run import check_target
-    from pennyweight.plan.budget import parse_budget
-    from pennyweight.report.plan_directory import write_plan
+    with settled_imports():
+        from pennyweight.evaluate.planned import planned
+        from pennyweight.pipeline.options import Options
+        from pennyweight.pipeline.run import check_target
+        from pennyweight.plan.budget import parse_budget
+        from pennyweight.report.plan_directory import write_plan
 
     set_jobs(jobs)
     started = time.perf_counter()

@@ -7,6 +7,8 @@ import gc
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,13 @@ def settle_imports() -> None:
     """
     gc.freeze()
     gc.enable()
+
+
+@contextmanager
+def settled_imports() -> Iterator[None]:
+    """Imports of a program that stay out of the garbage collector's searches, from the first one on."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        settle_imports()
