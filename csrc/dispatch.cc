@@ -4,6 +4,11 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(PENNYWEIGHT_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace pennyweight {
 
@@ -18,6 +23,21 @@ bool has_dot_products() {
 #else
   return false;
 #endif
+}
+#endif
+
+#if defined(PENNYWEIGHT_AMX)
+// Whether the processor has matrix instructions for bytes. By hand: older compilers do not know their names.
+bool has_matrices() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTiles) != 0 && (d & kBytes) != 0;
+}
+
+// Linux lets a process use their registers once it has asked; all its threads may then, and those of its children.
+bool may_use_matrices() {
+  constexpr long kAskForState = 0x1023, kTileData = 18;
+  return has_matrices() && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
 #endif
 
@@ -41,6 +61,9 @@ std::size_t instruction_sets(const char** names) {
 #endif
 #if defined(PENNYWEIGHT_AVX512BF16)
   if (__builtin_cpu_supports("avx512bf16")) names[count++] = "avx512bf16";
+#endif
+#if defined(PENNYWEIGHT_AMX)
+  if (has_matrices()) names[count++] = "amx_int8";
 #endif
 #elif defined(__aarch64__)
   names[count++] = "neon";  // part of the base architecture
@@ -75,6 +98,9 @@ std::size_t kernel_tables(Kernels* tables) {
     if (__builtin_cpu_supports("avx512vnni")) {
 #if defined(PENNYWEIGHT_AVX512BF16)
       if (__builtin_cpu_supports("avx512bf16")) {
+#if defined(PENNYWEIGHT_AMX)
+        if (may_use_matrices()) tables[count++] = combined("amx", kAvx512Bf16Kernels, kPackedAmx);
+#endif
         tables[count++] = combined("avx512bf16", kAvx512Bf16Kernels, kPackedAvx512Vnni);
       }
 #endif

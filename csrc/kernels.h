@@ -155,7 +155,7 @@ struct Kernels {
 };
 
 // Upper bound on the names that instruction_sets() writes, and on the tables that tables() writes.
-constexpr std::size_t kMaxInstructionSets = 8;
+constexpr std::size_t kMaxInstructionSets = 16;
 
 // Writes the names of the instruction sets that this processor has, of those that kernels may be built for, to
 // `names` [kMaxInstructionSets]; returns how many. The strings are static.

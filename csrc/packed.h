@@ -42,11 +42,14 @@ struct PackedWeights {
 // to 8 more, and what is left of that; then their sum is as good as float32. Tokens come in blocks of `block`, the last
 // one filled up with zeros.
 struct RoundedTokens {
-  std::int32_t* words;  // [blocks, groups * group / 4, block]: four columns of a token in a word
-  std::int32_t* sums;   // [blocks, groups, block]: of the bytes of a group
-  float* scales;        // [blocks, groups, block]: number = scale * byte
+  // Four columns of a token in a word: [blocks, groups, group / 4, block], or for matrix instructions
+  // [blocks, groups, block, group / 4].
+  std::int32_t* words;
+  std::int32_t* sums;  // [blocks, groups, block]: of the bytes of a group
+  float* scales;       // [blocks, groups, block]: number = scale * byte
   std::size_t block;
   std::size_t planes;  // tokens of a row of the input: 1 or 3
+  bool is_matrix;      // the second order of words
 };
 
 // Rows of an input, to be rounded in groups.
@@ -73,11 +76,12 @@ struct PackedProduct {
   void* scratch;  // kScratchBytes, aligned to 64 bytes
 };
 
-// Tokens that one call of `multiply` takes at most, and columns that are unpacked at a time.
-constexpr std::size_t kMostTokens = 96;
+// Tokens that one call of `multiply` takes at most: each call reads all weights from memory. Columns that are unpacked
+// at a time.
+constexpr std::size_t kMostTokens = 528;
 constexpr std::size_t kPanelColumnsAtOnce = 1024;
-// Two tiles unpacked, and sums of all tokens for these.
-constexpr std::size_t kScratchBytes = 2 * kTileRows * kPanelColumnsAtOnce + 2 * kTileRows * kMostTokens * sizeof(float);
+// Two tiles unpacked, and sums of all tokens for four.
+constexpr std::size_t kScratchBytes = 2 * kTileRows * kPanelColumnsAtOnce + 4 * kTileRows * kMostTokens * sizeof(float);
 
 enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
 
@@ -115,7 +119,9 @@ struct DenseProduct {
 };
 
 struct PackedKernels {
-  std::size_t largest_block;  // of tokens
+  std::size_t largest_block;      // of tokens
+  std::size_t small_group_block;  // the largest of several with groups of kSmallGroup columns at most
+  std::size_t matrix_from;        // from so many tokens on they come in blocks of kMatrixBlock, for matrix instructions
   // Each group of a row rounded by its largest magnitude / 127, ties to even. A group with a number that is not finite
   // has the scale NaN. The twin in torch is pennyweight.kernels.packed.round_activations.
   void (*round)(const RoundTokens& tokens);
@@ -133,6 +139,10 @@ struct PackedKernels {
 
 // The block sizes there are: `tokens` are cut into blocks of the size that wastes least.
 constexpr std::size_t kBlockSizes[] = {1, 2, 3, 4, 6, 8, 12};
+// Sums of small groups are scaled so often that the totals had better stay in registers beside them.
+constexpr std::size_t kSmallGroup = 64;
+constexpr std::size_t kMatrixBlock = 16;
+constexpr std::size_t kNoMatrix = static_cast<std::size_t>(-1);
 
 // What dispatch.cc chooses from; CMakeLists.txt decides which of them are built.
 extern const PackedKernels kPackedScalar;
@@ -140,6 +150,7 @@ extern const PackedKernels kPackedAvx2;
 extern const PackedKernels kPackedAvx2Vnni;
 extern const PackedKernels kPackedAvx512;
 extern const PackedKernels kPackedAvx512Vnni;
+extern const PackedKernels kPackedAmx;
 extern const PackedKernels kPackedNeon;
 
 }  // namespace pennyweight

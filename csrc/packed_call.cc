@@ -14,8 +14,8 @@ namespace {
 
 constexpr std::size_t kHeaderBytes = 64;
 constexpr std::size_t kAlignment = 64;
-// Tokens that are rounded at a time: ten times what a tile takes, so that memory is bounded.
-constexpr std::size_t kTokensAtOnce = 10 * kMostTokens;
+// Tokens that are rounded at a time, so that memory is bounded.
+constexpr std::size_t kTokensAtOnce = 2 * kMostTokens;
 
 template <typename Number>
 Number field(const std::uint8_t* bytes, std::size_t at) {
@@ -74,12 +74,21 @@ struct Buffers {
 };
 
 // `tokens` cut into as few blocks as possible, these of the smallest size there is for them.
-std::size_t block_size(std::size_t tokens, std::size_t largest) {
+std::size_t block_size(std::size_t tokens, std::size_t group, const PackedKernels& kernels) {
+  const bool is_small = group <= kSmallGroup && tokens > kernels.largest_block;
+  const std::size_t largest = is_small ? kernels.small_group_block : kernels.largest_block;
   const std::size_t blocks = (tokens + largest - 1) / largest;
   for (const std::size_t size : kBlockSizes) {
     if (size * blocks >= tokens && size <= largest) return size;
   }
   return largest;
+}
+
+// Rows of the input for one call of `multiply`: whole blocks, and about as many in each call.
+std::size_t rows_of_a_turn(std::size_t rows, std::size_t planes, std::size_t block) {
+  const std::size_t most = kMostTokens / planes / block * block;
+  const std::size_t turns = (rows + most - 1) / most;
+  return ((rows + turns - 1) / turns + block - 1) / block * block;
 }
 
 struct Rounding {
@@ -146,13 +155,18 @@ void multiply_run(const RoundTokens& input, std::size_t first_row, bool is_exact
   const std::size_t rows = input.row_end;
   const std::size_t planes = is_exact ? 3 : 1;
   const std::size_t tokens = rows * planes;
-  const std::size_t block = block_size(tokens, kernels.largest_block);
+  const bool is_matrix = tokens >= kernels.matrix_from;
+  const std::size_t block = is_matrix ? kMatrixBlock : block_size(tokens, weights.group, kernels);
   const std::size_t padded = (tokens + block - 1) / block * block;
   const std::size_t fields = padded * weights.groups;
   Rounding rounding{input, &kernels, rows};
   RoundedTokens& rounded = rounding.tokens.out;
-  rounded = {room<std::int32_t>(fields * weights.group / 4, buffers.words), room<std::int32_t>(fields, buffers.sums),
-             room<float>(fields, buffers.scales), block, planes};
+  rounded = {room<std::int32_t>(fields * weights.group / 4, buffers.words),
+             room<std::int32_t>(fields, buffers.sums),
+             room<float>(fields, buffers.scales),
+             block,
+             planes,
+             is_matrix};
   if (padded != tokens) {
     std::memset(rounded.words, 0, fields * weights.group);
     std::memset(rounded.sums, 0, fields * sizeof(std::int32_t));
@@ -165,7 +179,8 @@ void multiply_run(const RoundTokens& input, std::size_t first_row, bool is_exact
   std::int32_t* starts = room<std::int32_t>(fields, buffers.starts);
   for (std::size_t i = 0; i < fields; ++i) starts[i] = rounded.sums[i] * weights.smallest;
 
-  Work work{&products, first, last, {0}, 0, {}, rows, kMostTokens / planes, first_row, nullptr, &kernels};
+  Work work{&products, first,   last,    {0}, 0, {}, rows, rows_of_a_turn(rows, planes, block),
+            first_row, nullptr, &kernels};
   std::size_t all_tiles = 0;
   for (std::size_t i = first; i < last; ++i) all_tiles += (products[i].weights->rows + kTileRows - 1) / kTileRows;
   // Pieces of an even number of tiles, several for each thread, so that one that is held up does not hold up all.

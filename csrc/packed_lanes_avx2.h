@@ -16,6 +16,7 @@ struct Lanes256 {
   static constexpr int kRows = 8;
   static constexpr int kTiles = 1;
   static constexpr int kLargestBlock = 4;
+  static constexpr int kSmallGroupBlock = 4;
 #if defined(__AVXVNNI__)
   static constexpr bool kOnlyWide = true;
 #else

@@ -16,6 +16,7 @@ struct Lanes512 {
   static constexpr int kRows = 16;
   static constexpr int kTiles = 2;
   static constexpr int kLargestBlock = 12;
+  static constexpr int kSmallGroupBlock = 6;
 #if defined(__AVX512VNNI__)
   static constexpr bool kOnlyWide = true;
 #else

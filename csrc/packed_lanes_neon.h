@@ -16,6 +16,7 @@ struct LanesNeon {
   static constexpr int kRows = 4;
   static constexpr int kTiles = 1;
   static constexpr int kLargestBlock = 4;
+  static constexpr int kSmallGroupBlock = 4;
   static constexpr bool kOnlyWide = false;
 
   static PENNYWEIGHT_INLINE Bytes load(const std::uint8_t* p) { return vld1q_u8(p); }

@@ -73,12 +73,12 @@ struct TokensAt {
   const float* scales;
 };
 
-// Results: out[t * stride + row] += factor * product; zero points that are floats count `zero_factor` times.
+// Results: out[t * stride + row] += factor * product. Sums go on where they were, so that columns may be cut anywhere.
 struct Target {
   float* out;
   std::size_t stride;
   float factor;
-  float zero_factor;
+  bool has_zeros;  // whether zero points that are floats count
 };
 
 template <class L, int kStrips, int kBlock, int kBits, bool kWide, int q, int kQuads>
@@ -105,9 +105,13 @@ __attribute__((noinline)) void add_groups(const PackedWeights& w, Strips<kStrips
   constexpr int kQuads = kBits == 8 ? 4 : 8;
   const std::size_t chunks = w.group / (4 * kQuads);
   const std::size_t scale_step = kTileRows * (w.scale == FloatKind::kFloat32 ? 4 : 2);
+  const bool has_float = (w.zero == ZeroKind::kFloat || w.zero == ZeroKind::kOffset) && result.has_zeros;
+  const bool has_factor = result.factor != 1.0f;
   typename L::Floats totals[kStrips][kBlock];
   PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) {
-    PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) totals[s][t] = L::floats(0.0f);
+    PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) {
+      totals[s][t] = L::load_floats(result.out + static_cast<std::size_t>(t) * result.stride + s * L::kRows);
+    }
   }
   for (std::size_t g = 0; g < groups; ++g) {
     prefetch_group<L, kStrips>(w, at);
@@ -126,17 +130,18 @@ __attribute__((noinline)) void add_groups(const PackedWeights& w, Strips<kStrips
       PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) at.codes[s] += 8 * kBits * kQuads;
     }
     PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) {
-      const typename L::Floats scale = L::load_floats(at.scales[s], w.scale);
+      const typename L::Floats stored = L::load_floats(at.scales[s], w.scale);
+      const typename L::Floats scale = has_factor ? L::product(stored, L::floats(result.factor)) : stored;
       PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) {
         totals[s][t] =
             L::add_product(totals[s][t], L::product(scale, L::floats(block.scales[t])), L::floats_of(sums[s][t]));
       }
       at.scales[s] += scale_step;
-      if (w.zero == ZeroKind::kFloat || w.zero == ZeroKind::kOffset) {
+      if (has_float) {
         typename L::Floats zero = L::load_floats(at.zeros[s], w.scale);
-        if (w.zero == ZeroKind::kFloat) zero = L::product(zero, scale);
+        if (w.zero == ZeroKind::kFloat) zero = L::product(zero, stored);
         PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) {
-          const float sum = block.scales[t] * static_cast<float>(block.sums[t]) * result.zero_factor;
+          const float sum = block.scales[t] * static_cast<float>(block.sums[t]);
           totals[s][t] = L::add_product(totals[s][t], zero, L::floats(-sum));
         }
         at.zeros[s] += scale_step;
@@ -148,8 +153,7 @@ __attribute__((noinline)) void add_groups(const PackedWeights& w, Strips<kStrips
   }
   PENNYWEIGHT_UNROLL for (int s = 0; s < kStrips; ++s) {
     PENNYWEIGHT_UNROLL for (int t = 0; t < kBlock; ++t) {
-      float* out = result.out + static_cast<std::size_t>(t) * result.stride + s * L::kRows;
-      L::store_floats(out, L::add_product(L::load_floats(out), totals[s][t], L::floats(result.factor)));
+      L::store_floats(result.out + static_cast<std::size_t>(t) * result.stride + s * L::kRows, totals[s][t]);
     }
   }
 }
@@ -296,12 +300,11 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
         at.codes[s] = unpacked + 4 * row;
       }
       const float factor = w.table.count != 0 ? w.table.factors[plane] : 1.0f;
-      const float zero_factor = plane == 0 ? 1.0f / factor : 0.0f;
       for (std::size_t b = 0; b < blocks; ++b) {
         const std::size_t first = (b * w.groups + begin) * tokens.block;
         const TokensAt block{tokens.words + first * (w.group / 4), tokens.sums + first, product.starts + first,
                              tokens.scales + first};
-        const Target result{sums + b * tokens.block * kTiles * kTileRows, kTiles * kTileRows, factor, zero_factor};
+        const Target result{sums + b * tokens.block * kTiles * kTileRows, kTiles * kTileRows, factor, plane == 0};
         if constexpr (L::kHasPlanes) {
           if (is_direct) {
             add_block<L, kStrips, false>(tokens.block, w, at, block, groups, result);
@@ -323,17 +326,17 @@ inline void write_tile(const PackedProduct& product, std::size_t tile, const flo
   for (std::size_t m = product.row_begin; m < product.row_end; ++m) {
     float values[kTileRows];
     const float* sum = sums + (m - product.row_begin) * planes * stride;
-    for (std::size_t r = 0; r < kTileRows; ++r) {
-      float value = sum[r];
-      for (std::size_t p = 1; p < planes; ++p) value += sum[p * stride + r];
-      values[r] = value * w.unit;
+    for (std::size_t r = 0; r < kTileRows; ++r) values[r] = sum[r];
+    for (std::size_t p = 1; p < planes; ++p) {
+      for (std::size_t r = 0; r < kTileRows; ++r) values[r] += sum[p * stride + r];
     }
+    for (std::size_t r = 0; r < kTileRows; ++r) values[r] *= w.unit;
     if (product.bias != nullptr) {
       for (std::size_t r = 0; r < rows; ++r) values[r] += product.bias[first + r];
     }
     const std::size_t at = m * w.rows + first;
     if (product.out_kind == FloatKind::kFloat32) {
-      for (std::size_t r = 0; r < rows; ++r) static_cast<float*>(product.out)[at + r] = values[r];
+      __builtin_memcpy(static_cast<float*>(product.out) + at, values, rows * sizeof(float));
     } else {
       for (std::size_t r = 0; r < rows; ++r) {
         static_cast<std::uint16_t*>(product.out)[at + r] = narrowed(values[r], product.out_kind);

@@ -93,7 +93,7 @@ inline void read_group(const RoundTokens& tokens, std::size_t row, std::size_t b
   }
 }
 
-void round_tokens(const RoundTokens& tokens) {
+inline void round_tokens(const RoundTokens& tokens) {
   const std::size_t group = tokens.group;
   const std::size_t groups = (tokens.cols + group - 1) / group;
   const RoundedTokens& out = tokens.out;
@@ -117,9 +117,13 @@ void round_tokens(const RoundTokens& tokens) {
         const std::size_t lane = token % out.block;
         out.sums[at * out.block + lane] = round_plane(numbers, group, scale, bytes);
         out.scales[at * out.block + lane] = is_finite ? scale : float_of(0x7fc00000u);
-        std::int32_t* words = out.words + at * (group / 4) * out.block + lane;
+        std::int32_t* words = out.words + at * (group / 4) * out.block;
+        if (out.is_matrix) {
+          __builtin_memcpy(words + lane * (group / 4), bytes, group);
+          continue;
+        }
         for (std::size_t quad = 0; quad < group / 4; ++quad) {
-          __builtin_memcpy(words + quad * out.block, bytes + 4 * quad, 4);
+          __builtin_memcpy(words + quad * out.block + lane, bytes + 4 * quad, 4);
         }
       }
     }

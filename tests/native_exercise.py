@@ -32,7 +32,7 @@ def main(directory: Path) -> None:
                 _search_groups(native, table, columns, rows, stored)
                 for span in (1, 2, 16):
                     _search_nested(native, table, columns * span, rows, span, stored)
-        if table == "avx512bf16":
+        if table in ("amx", "avx512bf16"):
             for rows in (1, 2, 301):
                 _add_products(native, table, rows)
         for bits, group in itertools.product((2, 3, 4, 5, 6, 8), (16, 32, 48, 64, 128)):

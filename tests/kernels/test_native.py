@@ -23,9 +23,10 @@ KNOWN_SETS = {
     "avx512vnni",
     "neon",
     "asimddp",
+    "amx_int8",
 }
 # Older compilers do not know these, and build no kernels for them.
-NEWEST_SETS = {"avxvnni", "avx512vnni", "avx512bf16"}
+NEWEST_SETS = {"avxvnni", "avx512vnni", "avx512bf16", "amx_int8"}
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_an_empty_choice_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_choice_is_refused_with_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "avx9")
-    with pytest.raises(UsageError, match=r"avx9.*auto, native, avx512bf16, .*, scalar, torch"):
+    with pytest.raises(UsageError, match=r"avx9.*auto, native, amx, .*, scalar, torch"):
         native()
 
 

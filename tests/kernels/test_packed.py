@@ -211,10 +211,19 @@ def test_several_weights_at_once_are_those_one_by_one(table: str) -> None:
 
 
 @on_every_table
-@pytest.mark.parametrize("name", ["int4", "nf4", "int8"])
-def test_a_row_does_not_depend_on_those_beside_it(table: str, name: str) -> None:
-    weight = weight_of(name, Case(40, 192, 48, "float")).packed
-    x = torch.randn(331, 192)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *((name, Case(40, 192, 48, "float")) for name in ("int4", "nf4", "int8")),
+        # More columns than are unpacked at a time.
+        *((name, Case(20, 2240, 80)) for name in ("int4", "nf4", "uint8")),
+        *((name, Case(70, 1088, 64, "integer")) for name in ("uint3", "uint8")),
+    ],
+    ids=str,
+)
+def test_a_row_does_not_depend_on_those_beside_it(table: str, name: str, case: Case) -> None:
+    weight = weight_of(name, case).packed
+    x = torch.randn(331, case.cols)
     for activations in ("exact", "int8"):
         whole = multiply(x, [weight], activations=activations)[0]  # type: ignore[arg-type]
         for part in (slice(0, 1), slice(5, 8), slice(31, 33), slice(300, 331)):

@@ -2,7 +2,7 @@
 
 PENNYWEIGHT_KERNELS=auto     the native library if it is there (the default)
 PENNYWEIGHT_KERNELS=native   the native library, or an error
-PENNYWEIGHT_KERNELS=avx512bf16, avx512vnni, avx512, avx2vnni, avx2, neon or scalar   the native library with these
+PENNYWEIGHT_KERNELS=amx, avx512bf16, avx512vnni, avx512, avx2vnni, avx2, neon or scalar   the native library with these
                              kernels, or an error
 PENNYWEIGHT_KERNELS=torch    the plain torch versions only
 """
@@ -26,7 +26,7 @@ STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Where it takes tables the native library goes through all values of one for each weight.
 _BITS_OF_TABLES = 4
 VARIABLE = "PENNYWEIGHT_KERNELS"
-_TABLES = ("avx512bf16", "avx512vnni", "avx512", "avx2vnni", "avx2", "neon", "scalar")
+_TABLES = ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2vnni", "avx2", "neon", "scalar")
 _CHOICES = ("auto", "native", *_TABLES, "torch")
 
 
