@@ -91,6 +91,8 @@ def test_a_budget_of_loss_is_kept_and_its_evidence_recorded(
     assert held
     assert all((trial["upper"] <= limit) == trial["holds"] for trial in evidence["trials"])
     assert all(trial["loss"] < trial["upper"] for trial in evidence["trials"])
+    assert all((trial["loss"] <= limit < trial["upper"]) == trial["is_open"] for trial in evidence["trials"])
+    assert result.stderr.count("more to judge on would tell") == sum(trial["is_open"] for trial in evidence["trials"])
     assert evidence["tokens"] == 24 * evidence["windows"] > 0
     # What was written is the smallest plan that held.
     assert made["bpw"] < 32

@@ -107,7 +107,8 @@ def trial_teller() -> Callable[[Trial], None]:
     """A line for each plan that was tried for a budget of loss."""
 
     def tell(trial: Trial) -> None:
-        verdict = "holds" if trial.holds else "loses too much"
+        failed = "may hold, more to judge on would tell" if trial.is_open else "loses too much"
+        verdict = "holds" if trial.holds else failed
         found = f"loss {trial.loss:.4g}, at most {trial.upper:.4g}"
         metric = "" if trial.metric is None else f"metric {trial.metric:.4g} after {trial.original:.4g}, "
         state = "  (from an earlier run)" if trial.resumed else ""

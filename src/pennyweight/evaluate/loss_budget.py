@@ -35,6 +35,7 @@ class Trial:
     """A plan that was made and looked at.
 
     loss, upper        what was lost, and its upper confidence bound, in the unit of the budget
+    is_open            the loss is within the limit and its bound is not: with more to judge on it might hold
     original, metric   of a task: its metric before and after, in points
     resumed            it was made by an earlier run
     """
@@ -44,6 +45,7 @@ class Trial:
     loss: float
     upper: float
     holds: bool
+    is_open: bool = False
     original: float | None = None
     metric: float | None = None
     resumed: bool = False
@@ -116,7 +118,8 @@ class _Trials:
         if known is None:
             kept.add(key, measured)
         holds = measured.upper <= self.limit
-        return Trial(point.size_bytes, point.cost, measured.loss, measured.upper, holds, measured.original,
+        is_open = measured.loss <= self.limit < measured.upper
+        return Trial(point.size_bytes, point.cost, measured.loss, measured.upper, holds, is_open, measured.original,
                      measured.metric, resumed=known is not None)  # fmt: skip
 
     def _measured(self, point: Point) -> Measured:
