@@ -112,11 +112,19 @@ def test_other_commands_are_as_quiet(model: Path, artefact: Path, text: str) -> 
         ("evaluate", artefact, "--against", model, "--text", text, "--length", 24, "--json"),
         ("verify", artefact, "--json"),
         ("inspect", artefact, "--json"),
-        ("run", artefact, "--prompt", "a bee", "--max-tokens", 3, "--json"),
     ):
         done = _run(*arguments)
         assert (done.returncode, done.stderr) == (0, ""), arguments
         assert isinstance(json.loads(done.stdout), dict)
+
+
+@pytest.mark.slow
+def test_run_says_once_what_it_keeps(artefact: Path) -> None:
+    arguments = ("run", artefact, "--prompt", "a bee", "--max-tokens", 3, "--json")
+    first, second = _run(*arguments), _run(*arguments)
+    assert (first.returncode, second.returncode, second.stderr) == (0, 0, "")
+    assert all(line.startswith("packed weights are kept in ") for line in first.stderr.splitlines())
+    assert json.loads(first.stdout)["text"] == json.loads(second.stdout)["text"]
 
 
 @pytest.mark.slow
