@@ -29,8 +29,8 @@ from benchmarks.peers.kernels import ggml, onnxruntime_nodes, openvino_graphs, o
 from benchmarks.peers.kernels.contest import THREADS, Contestant, Size
 
 PEERS = (ggml, onnxruntime_nodes, openvino_graphs, torch_linears)
-# What a rotation holds at least, and how many times the last-level cache.
-_LEAST_ROTATION, _CACHES = 128 << 20, 2
+# What a rotation holds at least: several times most last-level caches, and as much as the largest.
+_LEAST_ROTATION = 128 << 20
 # From so many tokens on the weights are a small part of the work: two, cold because the reading came before them.
 MANY_TOKENS, FEW_WEIGHTS = 128, 2
 # Of outcomes to products with the decoded weights; what rounding activations to 8 bits as a whole may cost.
@@ -62,7 +62,7 @@ def rotation_bytes() -> int:
     """Bytes of weights that no cache of this machine holds."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     caches = [int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for size in sizes if (text := size.read_text().strip())]
-    return max([_LEAST_ROTATION, *(_CACHES * cache for cache in caches)])
+    return max([_LEAST_ROTATION, *caches])
 
 
 ROTATION_BYTES = rotation_bytes()
