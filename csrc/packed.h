@@ -39,8 +39,8 @@ struct PackedWeights {
 };
 
 // Activations as signed bytes. A row of the input is one token, or three: its numbers to 8 bits, what is left of them
-// to 8 more, and what is left of that; then their sum is as good as float32. Tokens come in blocks of `block`, the last
-// one filled up with zeros.
+// to 8 more, and what is left of that; then their sum is as good as float32. For bfloat16 two are enough. Tokens come
+// in blocks of `block`, the last one filled up with zeros.
 struct RoundedTokens {
   // Four columns of a token in a word: [blocks, groups, group / 4, block], or for matrix instructions
   // [blocks, groups, block, group / 4].
@@ -48,7 +48,7 @@ struct RoundedTokens {
   std::int32_t* sums;  // [blocks, groups, block]: of the bytes of a group
   float* scales;       // [blocks, groups, block]: number = scale * byte
   std::size_t block;
-  std::size_t planes;  // tokens of a row of the input: 1 or 3
+  std::size_t planes;  // tokens of a row of the input: 1 to 3
   bool is_matrix;      // the second order of words
 };
 

@@ -91,6 +91,9 @@ std::size_t rows_of_a_turn(std::size_t rows, std::size_t planes, std::size_t blo
   return ((rows + turns - 1) / turns + block - 1) / block * block;
 }
 
+// Bytes that hold a number as well as float32, or as bfloat16: the second has 8 bits, and gets 15 of the largest.
+std::size_t exact_planes(FloatKind kind) { return kind == FloatKind::kBFloat16 ? 2 : 3; }
+
 struct Rounding {
   RoundTokens tokens;
   const PackedKernels* kernels;
@@ -153,7 +156,7 @@ void multiply_run(const RoundTokens& input, std::size_t first_row, bool is_exact
   static thread_local Buffers buffers;
   const PackedWeights& weights = *products[first].weights;
   const std::size_t rows = input.row_end;
-  const std::size_t planes = is_exact ? 3 : 1;
+  const std::size_t planes = is_exact ? exact_planes(input.kind) : 1;
   const std::size_t tokens = rows * planes;
   const bool is_matrix = tokens >= kernels.matrix_from;
   const std::size_t block = is_matrix ? kMatrixBlock : block_size(tokens, weights.group, kernels);

@@ -97,3 +97,13 @@ def test_bytes_in_three_planes_are_as_good_as_float32(table: str) -> None:
     (y,) = multiply(x, [identity(256, 128)])
     peak = x.view(256, 2, 128).abs().amax(2).repeat_interleave(128, 1)
     assert bool(((y - x).abs() <= LARGEST_ERROR * peak + LAST_PLACES * x.abs()).all())
+
+
+@on_every_table
+def test_bytes_in_two_planes_are_as_good_as_bfloat16(table: str) -> None:
+    x = torch.randn(256, 256).bfloat16()
+    (y,) = multiply(x, [identity(256, 128)])
+    peak = x.view(256, 2, 128).abs().amax(2).repeat_interleave(128, 1)
+    # What two bytes leave is less than half a last place of numbers above a hundredth of the largest.
+    assert torch.equal(y[x.abs() > 0.01 * peak], x[x.abs() > 0.01 * peak])
+    assert bool(((y - x).abs() <= peak / 2**15).all())
