@@ -154,5 +154,6 @@ $(LLAMA)/version: benchmarks/peers/llama_cpp/requirements.txt
 	cp $(LLAMA)/sources/build/bin/llama-quantize $(LLAMA)/sources/build/bin/llama-imatrix $(LLAMA)/bin
 	mkdir -p $(LLAMA)/converter
 	cp -r $(addprefix $(LLAMA)/sources/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py) $(LLAMA)/converter
+	$(LLAMA)/bin/python -m pip install --quiet --target $(LLAMA)/converter sentencepiece
 	rm -rf $(LLAMA)/sources
 	sed -n 's/^llama-cpp-python==//p' $< > $@
