@@ -11,6 +11,11 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' |
 	echo "Pennyweight needs Python 3.11 or later, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12" >&2; exit 1; }
 
 LLAMA := .venvs/llama.cpp
+# llama.cpp without Intel's matrix instructions: of what it loads as shapes of their registers gcc 12 keeps eight bytes,
+# and the first of them is illegal then.
+NO_MATRICES := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+LLAMA_FLAGS = $(shell $(CXX) $(NO_MATRICES) -x c++ -E /dev/null > /dev/null 2>&1 && echo "$(NO_MATRICES)")
+LLAMA_BUILD = CFLAGS="$(LLAMA_FLAGS)" CXXFLAGS="$(LLAMA_FLAGS)"
 NEON_CXX ?= aarch64-linux-gnu-g++
 NEON_EMULATOR ?= qemu-aarch64-static
 NEON_FLAGS = -std=c++17 -O2 -DPENNYWEIGHT_NEON -ffp-contract=off -fno-math-errno -fno-trapping-math \
@@ -54,7 +59,7 @@ format: $(VENV)/.developer
 
 # The real reader of GGUF files, as the extra of that name has it; pip keeps the wheel that it builds.
 llama-cpp: $(VENV)/.developer
-	$(PIP_INSTALL) "$$($(BIN)/python -c 'import tomllib; \
+	$(LLAMA_BUILD) $(PIP_INSTALL) "$$($(BIN)/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["llama-cpp"])')"
 
 # Linux and gcc: python itself is not instrumented, so the sanitizer's library has to be loaded before it.
@@ -135,7 +140,7 @@ $(foreach peer,$(PEERS),$(eval $(call PEER_ENVIRONMENT,$(peer))))
 	.venvs/kernels/bin/python -m pip install --quiet --upgrade pip
 	.venvs/kernels/bin/python -m pip install --quiet "torch==2.13.0"
 	grep -v llama-cpp-python $< | .venvs/kernels/bin/python -m pip install --quiet --requirement /dev/stdin
-	.venvs/kernels/bin/python -m pip install --quiet --no-deps "$$(grep llama-cpp-python $<)"
+	$(LLAMA_BUILD) .venvs/kernels/bin/python -m pip install --quiet --no-deps "$$(grep llama-cpp-python $<)"
 	.venvs/kernels/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
@@ -147,7 +152,7 @@ $(LLAMA)/version: benchmarks/peers/llama_cpp/requirements.txt
 	rm -rf $(LLAMA)/sources && mkdir $(LLAMA)/sources
 	$(LLAMA)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA)/sources --requirement $<
 	tar -xzf $(LLAMA)/sources/*.tar.gz --strip-components=1 -C $(LLAMA)/sources
-	PATH="$(abspath $(LLAMA)/bin):$$PATH" cmake -S $(LLAMA)/sources/vendor/llama.cpp -B $(LLAMA)/sources/build -G Ninja \
+	$(LLAMA_BUILD) PATH="$(abspath $(LLAMA)/bin):$$PATH" cmake -S $(LLAMA)/sources/vendor/llama.cpp -B $(LLAMA)/sources/build -G Ninja \
 		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
 		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
 	PATH="$(abspath $(LLAMA)/bin):$$PATH" cmake --build $(LLAMA)/sources/build --target llama-quantize llama-imatrix

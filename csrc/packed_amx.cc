@@ -192,20 +192,26 @@ void add_panel(const Matrices& all, std::size_t first, std::size_t count, std::s
   const std::size_t float_bytes = w.scale == FloatKind::kFloat32 ? 4 : 2;
   const std::size_t zero_bytes = w.zero == ZeroKind::kInteger ? 1 : float_bytes;
   const bool is_table = w.table.count != 0;
+  const std::size_t group_bytes = w.group * kTileRows * w.bits / 8;
+  const bool is_last = begin + groups == w.groups;
   Tile tiles[kTilesAtOnce];
+  Ahead<kTilesAtOnce> ahead{{}, groups * group_bytes, (all.blocks + 1) / 2};
   for (std::size_t i = 0; i < kTilesAtOnce; ++i) {
     const std::uint8_t* from = w.tiles + (first + (i < count ? i : 0)) * w.tile_bytes;
     std::uint8_t* panel = all.panel + (i < count ? i : 0) * kTileRows * kColumnsAtOnce;
     tiles[i] = {panel, from + w.code_bytes + begin * kTileRows * float_bytes,
                 from + w.code_bytes + w.scale_bytes + begin * kTileRows * zero_bytes};
+    const std::uint8_t* codes = from + begin * group_bytes;
+    // As in add_tiles.
+    ahead.codes[i] = is_last ? from + kTilesAtOnce * w.tile_bytes : codes + groups * group_bytes;
     if (i >= count) continue;
-    const std::uint8_t* codes = from + begin * w.group * kTileRows * w.bits / 8;
     unpack_groups<Lanes512>(w, codes, groups, is_table ? w.table.bytes[plane] : nullptr, panel);
     all.moved.move(panel, tiles[i].zeros, groups);
   }
   alignas(64) std::int32_t sums[kGroupsAtOnce * kUnits * kSums];
   const float factor = is_table ? w.table.factors[plane] : 1.0f;
   for (std::size_t b = 0; b < all.blocks; b += 2) {
+    ahead.ask(b / 2);
     Block blocks[2];
     for (std::size_t i = 0; i < 2; ++i) {
       // A block that is not there is the one before.

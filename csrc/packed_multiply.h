@@ -266,6 +266,24 @@ void add_block(std::size_t size, const PackedWeights& w, const Strips<kStrips>& 
   }
 }
 
+// Codes that are unpacked next, `bytes` of each of some tiles: asked for while the ones before are multiplied, a part
+// for each block of tokens. Processors do not follow them by themselves from tile to tile.
+template <std::size_t kTiles>
+struct Ahead {
+  const std::uint8_t* codes[kTiles];
+  std::size_t bytes;
+  std::size_t parts;
+
+  void ask(std::size_t part) const {
+    const std::size_t lines = (bytes / 64 + parts - 1) / parts;
+    for (const std::uint8_t* tile : codes) {
+      for (std::size_t line = part * lines; line < (part + 1) * lines && 64 * line < bytes; ++line) {
+        __builtin_prefetch(tile + 64 * line, 0, 2);
+      }
+    }
+  }
+};
+
 // All tokens of a product times `kTiles` tiles from `tile` on, added to `sums` [tokens, kTiles * kTileRows].
 template <class L, int kTiles>
 void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* panel, float* sums) {
@@ -285,6 +303,7 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
     const std::size_t groups = begin + step < w.groups ? step : w.groups - begin;
     for (std::size_t plane = 0; plane == 0 || plane < w.table.count; ++plane) {
       Strips<kStrips> at;
+      Ahead<kTiles> ahead{{}, groups * group_bytes, blocks};
       for (int s = 0; s < kStrips; ++s) {
         const std::size_t row = static_cast<std::size_t>(s % kPerTile * L::kRows);
         const std::uint8_t* from = w.tiles + (tile + static_cast<std::size_t>(s / kPerTile)) * w.tile_bytes;
@@ -293,6 +312,10 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
         at.scales[s] = from + w.code_bytes + (begin * kTileRows + row) * float_bytes;
         at.zeros[s] = from + w.code_bytes + w.scale_bytes + (begin * kTileRows + row) * zero_bytes;
         at.ends[s] = is_direct ? from + w.code_bytes : nullptr;
+        // After the last columns come the first ones of the tiles that follow; asking for what is not there does no
+        // harm.
+        ahead.codes[s / kPerTile] =
+            begin + groups == w.groups ? from + kTiles * w.tile_bytes : from + (begin + groups) * group_bytes;
         if (is_direct || is_bytes) continue;
         if (row == 0) {
           unpack_groups<L>(w, at.codes[s], groups, w.table.count != 0 ? w.table.bytes[plane] : nullptr, unpacked);
@@ -311,6 +334,7 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
             continue;
           }
         }
+        if (plane == 0) ahead.ask(b);
         add_block<L, kStrips, true>(tokens.block, w, at, block, groups, result);
       }
     }
