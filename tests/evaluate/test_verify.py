@@ -221,6 +221,20 @@ def test_a_killed_runtime_says_how_to_do_with_less(
         verify(artefact)
 
 
+def test_a_runtime_of_another_processor_says_so(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "killed.sh"
+    script.write_text("#!/bin/sh\nkill -4 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(script))
+    with pytest.raises(
+        VerificationError, match="killed by signal 4, its library is built for another processor"
+    ) as told:
+        verify(artefact)
+    assert "blocks" not in str(told.value)
+
+
 def test_the_main_job_proves_itself_and_is_honest_about_vllm(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,3 +95,19 @@ def require(module: str, *, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(f"{module} is needed here: pip install 'pennyweight[{extra}]'") from error
+
+
+_KILL, _ILLEGAL_INSTRUCTION = 9, 4
+_CAUSES = {
+    _KILL: "probably for lack of memory",
+    _ILLEGAL_INSTRUCTION: (
+        "its library is built for another processor, or by a compiler that got this one's instructions wrong: build it "
+        "again on this machine (llama-cpp-python with gcc 12 on a processor with AMX: set CFLAGS and CXXFLAGS to "
+        "'-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' first)"
+    ),
+}
+
+
+def killed_by(number: int) -> str:
+    """That a process was killed by the signal of that number, and what is most probably behind it."""
+    return f"killed by signal {number}, {_CAUSES.get(number, 'a fault in the runtime')}"

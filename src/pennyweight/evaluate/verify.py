@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pennyweight.core.errors import ModelError, VerificationError
+from pennyweight.core.errors import ModelError, VerificationError, killed_by
 from pennyweight.core.hashing import sha256
 from pennyweight.evaluate.network.directory import is_network_artefact
 from pennyweight.models.config_json import read_config_json
@@ -87,5 +88,6 @@ def _in_fresh_process(artefact: Path, extent: Extent, *, trust_remote_code: bool
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
-        return f"it was killed by signal {-done.returncode}, probably for lack of memory: ask for `blocks`, not `full`"
+        less = ": ask for `blocks`, not `full`" if done.returncode == -signal.SIGKILL else ""
+        return f"it was {killed_by(-done.returncode)}{less}"
     return (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]

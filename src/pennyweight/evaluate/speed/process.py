@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from pennyweight.core import errors
-from pennyweight.core.errors import ModelError, PennyweightError
+from pennyweight.core.errors import ModelError, PennyweightError, killed_by
 from pennyweight.evaluate.speed.base import Asked, Kind
 
 _PACKAGE = str(Path(__file__).parents[3])
@@ -84,7 +84,7 @@ class Process:
     def _last_words(self) -> str:
         code = self._child.wait()
         if code < 0:
-            return f"its process was killed by signal {-code}, probably for lack of memory"
+            return f"its process was {killed_by(-code)}"
         self._words.seek(0)
         said = self._words.read().decode(errors="replace").strip().splitlines()
         return said[-1] if said else "its process ended without a word"
