@@ -84,6 +84,19 @@ Kernels combined(const char* name, const Kernels& kernels, const PackedKernels& 
   return both;
 }
 
+#if defined(PENNYWEIGHT_AMX)
+// Made here, since code of packed_amx.cc must not run on processors that lack its instructions.
+const PackedKernels& packed_amx() {
+  static const PackedKernels kernels = [] {
+    PackedKernels with_matrices = kPackedAvx512Vnni;
+    with_matrices.matrix_from = kMatrixBlock;
+    with_matrices.multiply = multiply_by_matrices;
+    return with_matrices;
+  }();
+  return kernels;
+}
+#endif
+
 }  // namespace
 
 std::size_t kernel_tables(Kernels* tables) {
@@ -99,7 +112,7 @@ std::size_t kernel_tables(Kernels* tables) {
 #if defined(PENNYWEIGHT_AVX512BF16)
       if (__builtin_cpu_supports("avx512bf16")) {
 #if defined(PENNYWEIGHT_AMX)
-        if (may_use_matrices()) tables[count++] = combined("amx", kAvx512Bf16Kernels, kPackedAmx);
+        if (may_use_matrices()) tables[count++] = combined("amx", kAvx512Bf16Kernels, packed_amx());
 #endif
         tables[count++] = combined("avx512bf16", kAvx512Bf16Kernels, kPackedAvx512Vnni);
       }

@@ -150,7 +150,9 @@ extern const PackedKernels kPackedAvx2;
 extern const PackedKernels kPackedAvx2Vnni;
 extern const PackedKernels kPackedAvx512;
 extern const PackedKernels kPackedAvx512Vnni;
-extern const PackedKernels kPackedAmx;
 extern const PackedKernels kPackedNeon;
+
+// In place of kPackedAvx512Vnni.multiply where there are matrix instructions; tokens below kMatrixBlock go to that.
+void multiply_by_matrices(const PackedProduct& product);
 
 }  // namespace pennyweight

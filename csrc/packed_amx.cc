@@ -235,7 +235,9 @@ void add_panel(const Matrices& all, std::size_t first, std::size_t count, std::s
   }
 }
 
-void multiply_matrices(const PackedProduct& product) {
+}  // namespace
+
+void multiply_by_matrices(const PackedProduct& product) {
   if (!product.tokens.is_matrix) return kPackedAvx512Vnni.multiply(product);
   const PackedWeights& w = *product.weights;
   const std::size_t tokens = (product.row_end - product.row_begin) * product.tokens.planes;
@@ -262,16 +264,5 @@ void multiply_matrices(const PackedProduct& product) {
   }
   _tile_release();
 }
-
-PackedKernels with_matrices() {
-  PackedKernels kernels = kPackedAvx512Vnni;
-  kernels.matrix_from = kMatrixBlock;
-  kernels.multiply = multiply_matrices;
-  return kernels;
-}
-
-}  // namespace
-
-const PackedKernels kPackedAmx = with_matrices();
 
 }  // namespace pennyweight
