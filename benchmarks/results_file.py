@@ -105,7 +105,10 @@ def note(message: str) -> None:
 def project_environment() -> dict[str, str]:
     """The environment of a child that imports pennyweight as this process does, and benchmarks."""
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    # What is installed has its byte code; a child that may not keep it would compile all of it each time.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
 
 
 def _kernels() -> str:
