@@ -42,21 +42,24 @@ void set_shapes(std::size_t columns) {
   _tile_loadconfig(&shapes);
 }
 
-// What unpacked codes are moved by, so that they are signed bytes, and what is missing then in a row and group.
+// What unpacked codes of some groups of a tile are moved by, so that they are signed bytes, and what is missing then in
+// a row and group.
 struct Moved {
-  const PackedWeights& weights;
   bool is_integer;  // zero points that are codes
-  bool has_rest;    // of codes of 8 bits
-  std::int32_t by;
+  bool has_rest;    // codes of 8 bits, or zero points far above the codes
+  std::int32_t smallest, by;
 
-  explicit Moved(const PackedWeights& w) : weights(w), is_integer(w.zero == ZeroKind::kInteger) {
+  void choose(const PackedWeights& w, const std::uint8_t* zeros, std::size_t groups) {
+    is_integer = w.zero == ZeroKind::kInteger;
+    smallest = w.smallest;
     const std::int32_t largest = (1 << (w.table.count != 0 ? 8 : w.bits)) - 1;
-    has_rest = is_integer ? w.bits == 8 : w.smallest + largest > 127;
-    by = has_rest ? -128 : w.smallest;
+    has_rest = is_integer ? largest > 127 : smallest + largest > 127;
+    for (std::size_t i = 0; is_integer && i < groups * kTileRows; ++i) has_rest |= zeros[i] > 128;
+    by = !has_rest ? smallest : largest > 127 ? -128 : 0;
   }
 
-  // The codes of some groups of a tile, in their place.
-  void move(std::uint8_t* panel, const std::uint8_t* zeros, std::size_t groups) const {
+  // The codes, in their place.
+  void move(const PackedWeights& w, std::uint8_t* panel, const std::uint8_t* zeros, std::size_t groups) const {
     __m512i distance = _mm512_set1_epi8(static_cast<char>(by));
     for (std::size_t g = 0; g < groups; ++g) {
       if (is_integer && !has_rest) {
@@ -65,14 +68,14 @@ struct Moved {
             _mm512_mullo_epi32(Lanes512::load_bytes(zeros + g * kTileRows), Lanes512::ints(0x01010101));
         distance = _mm512_sub_epi8(_mm512_setzero_si512(), rows);
       }
-      for (std::size_t quad = 0; quad < weights.group / 4; ++quad, panel += kRowBytes) {
+      for (std::size_t quad = 0; quad < w.group / 4; ++quad, panel += kRowBytes) {
         Lanes512::store(panel, _mm512_add_epi8(Lanes512::load(panel), distance));
       }
     }
   }
 
   __m512i rest(const std::uint8_t* zeros, std::size_t g) const {
-    if (!is_integer) return Lanes512::ints(weights.smallest - by);
+    if (!is_integer) return Lanes512::ints(smallest - by);
     return _mm512_sub_epi32(Lanes512::ints(-by), Lanes512::load_bytes(zeros + g * kTileRows));
   }
 };
@@ -82,6 +85,7 @@ struct Tile {
   const std::uint8_t* panel;
   const std::uint8_t* scales;
   const std::uint8_t* zeros;
+  Moved moved;
 };
 struct Block {
   const std::int8_t* bytes;
@@ -134,9 +138,9 @@ __attribute__((noinline)) void sum_groups(const Tile* tiles, const Block* blocks
 }
 
 // Sums of a block and a tile, scaled, to the result.
-__attribute__((noinline)) void add_scaled(const Moved& moved, const Tile& tile, const Block& block, std::size_t begin,
-                                          std::size_t end, const std::int32_t* sums, const Target& result) {
-  const PackedWeights& w = moved.weights;
+__attribute__((noinline)) void add_scaled(const PackedWeights& w, const Tile& tile, const Block& block,
+                                          std::size_t begin, std::size_t end, const std::int32_t* sums,
+                                          const Target& result) {
   const std::size_t float_step = kTileRows * (w.scale == FloatKind::kFloat32 ? 4 : 2);
   const bool has_float = (w.zero == ZeroKind::kFloat || w.zero == ZeroKind::kOffset) && result.has_zeros;
   __m512 totals[kMatrixBlock];
@@ -148,8 +152,8 @@ __attribute__((noinline)) void add_scaled(const Moved& moved, const Tile& tile, 
     const std::int32_t* all = block.sums + g * kMatrixBlock;
     const __m512 stored = Lanes512::load_floats(tile.scales + g * float_step, w.scale);
     const __m512 scale = _mm512_mul_ps(stored, _mm512_set1_ps(result.factor));
-    if (moved.has_rest) {
-      const __m512i rest = moved.rest(tile.zeros, g);
+    if (tile.moved.has_rest) {
+      const __m512i rest = tile.moved.rest(tile.zeros, g);
       PENNYWEIGHT_UNROLL for (std::size_t t = 0; t < kMatrixBlock; ++t) {
         const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + t * kTileRows), Lanes512::times(rest, all[t]));
         const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(factors[t]));
@@ -178,7 +182,6 @@ __attribute__((noinline)) void add_scaled(const Moved& moved, const Tile& tile, 
 // A product, and where its parts are.
 struct Matrices {
   const PackedProduct& product;
-  const Moved moved;
   std::size_t blocks;  // of tokens
   std::uint8_t* panel;
   float* sums;  // [tokens, kTilesAtOnce, kTileRows]
@@ -187,7 +190,7 @@ struct Matrices {
 // All tokens times groups [begin, begin + groups), kColumnsAtOnce columns at most, of `count` tiles from `first` on.
 void add_panel(const Matrices& all, std::size_t first, std::size_t count, std::size_t begin, std::size_t groups,
                std::size_t plane) {
-  const PackedWeights& w = all.moved.weights;
+  const PackedWeights& w = *all.product.weights;
   const RoundedTokens& tokens = all.product.tokens;
   const std::size_t float_bytes = w.scale == FloatKind::kFloat32 ? 4 : 2;
   const std::size_t zero_bytes = w.zero == ZeroKind::kInteger ? 1 : float_bytes;
@@ -199,14 +202,17 @@ void add_panel(const Matrices& all, std::size_t first, std::size_t count, std::s
   for (std::size_t i = 0; i < kTilesAtOnce; ++i) {
     const std::uint8_t* from = w.tiles + (first + (i < count ? i : 0)) * w.tile_bytes;
     std::uint8_t* panel = all.panel + (i < count ? i : 0) * kTileRows * kColumnsAtOnce;
-    tiles[i] = {panel, from + w.code_bytes + begin * kTileRows * float_bytes,
-                from + w.code_bytes + w.scale_bytes + begin * kTileRows * zero_bytes};
+    tiles[i] = {panel,
+                from + w.code_bytes + begin * kTileRows * float_bytes,
+                from + w.code_bytes + w.scale_bytes + begin * kTileRows * zero_bytes,
+                {}};
     const std::uint8_t* codes = from + begin * group_bytes;
     // As in add_tiles.
     ahead.codes[i] = is_last ? from + kTilesAtOnce * w.tile_bytes : codes + groups * group_bytes;
     if (i >= count) continue;
     unpack_groups<Lanes512>(w, codes, groups, is_table ? w.table.bytes[plane] : nullptr, panel);
-    all.moved.move(panel, tiles[i].zeros, groups);
+    tiles[i].moved.choose(w, tiles[i].zeros, groups);
+    tiles[i].moved.move(w, panel, tiles[i].zeros, groups);
   }
   alignas(64) std::int32_t sums[kGroupsAtOnce * kUnits * kSums];
   const float factor = is_table ? w.table.factors[plane] : 1.0f;
@@ -227,7 +233,7 @@ void add_panel(const Matrices& all, std::size_t first, std::size_t count, std::s
           const std::size_t block = b + unit / 2, tile = i + unit % 2;
           if (block >= all.blocks || tile >= count) continue;
           float* out = all.sums + block * kMatrixBlock * kSumsOfToken + tile * kTileRows;
-          add_scaled(all.moved, tiles[tile], blocks[unit / 2], g, end, sums + unit * kSums,
+          add_scaled(w, tiles[tile], blocks[unit / 2], g, end, sums + unit * kSums,
                      Target{out, kSumsOfToken, factor, plane == 0});
         }
       }
@@ -243,7 +249,7 @@ void multiply_by_matrices(const PackedProduct& product) {
   const std::size_t tokens = (product.row_end - product.row_begin) * product.tokens.planes;
   std::uint8_t* panel = static_cast<std::uint8_t*>(product.scratch);
   float* sums = reinterpret_cast<float*>(panel + kTilesAtOnce * kTileRows * kColumnsAtOnce);
-  const Matrices all{product, Moved(w), (tokens + kMatrixBlock - 1) / kMatrixBlock, panel, sums};
+  const Matrices all{product, (tokens + kMatrixBlock - 1) / kMatrixBlock, panel, sums};
   const std::size_t step = kColumnsAtOnce / w.group;
   // Planes of tables take turns as they do without matrices, so that sums are the same to the last bit.
   const std::size_t panel_groups = kPanelColumnsAtOnce / w.group;

@@ -214,6 +214,19 @@ def test_several_weights_at_once_are_those_one_by_one(table: str) -> None:
 
 
 @on_every_table
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_zero_points_may_be_far_above_the_codes(table: str, bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (32, 128), dtype=torch.uint8)
+    zeros = torch.tensor([[0, 128], [129, 255]], dtype=torch.int32).repeat(16, 1)
+    matrix = PackedMatrix.pack(codes, torch.rand(32, 2), element=Int(bits, signed=False), zeros=zeros)
+    assert matrix.layout.zero == "integer"
+    x = torch.randn(32, 128)
+    whole = multiply(x, [matrix])[0]
+    assert torch.equal(whole, torch.cat([multiply(row[None], [matrix])[0] for row in x]))
+    assert (whole - x @ matrix.decode().T).abs().max() < 1e-5 * whole.abs().max()
+
+
+@on_every_table
 @pytest.mark.parametrize(
     ("name", "case"),
     [

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,11 +129,42 @@ def test_a_list_runs_when_it_is_asked(package: str) -> None:
     assert not hasattr(listed, "__wrapped__")
     assert sys.modules[package] is listed
     assert listed.names == ["apple", "pear"]
-    run = sys.modules[package]
-    assert run is not listed
-    assert vars(run)["names"] is listed.names is listed.__all__
+    assert sys.modules[package] is listed
+    assert vars(listed)["names"] is listed.names is listed.__all__
     assert "names" in dir(listed)
-    assert sys.modules[f"{package}.apple"] is apple
+    assert listed.apple is sys.modules[f"{package}.apple"] is apple
+    with pytest.raises(AttributeError, match="no attribute 'plum'"):
+        _ = listed.plum
+    assert pkgutil.get_data(package, "__init__.py") is not None
+
+
+def test_a_list_that_puts_another_in_its_place_keeps_its_modules(package: str, tmp_path: Path) -> None:
+    (tmp_path / package / "__init__.py").write_text(
+        "import sys, types\nother = types.ModuleType(__name__)\nother.names = ['pear']\nsys.modules[__name__] = other\n"
+    )
+    with postponed([], lists=[package]):
+        apple = importlib.import_module(f"{package}.apple")
+    listed = sys.modules[package]
+    assert listed.names == ["pear"]
+    assert sys.modules[package] is not listed
+    assert sys.modules[package].apple is listed.apple is apple
+
+
+def test_threads_may_ask_a_list_while_others_import_from_it(package: str, tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / package / f"plum{number}.py").write_text("")
+    with postponed([], lists=[package]):
+        listed = importlib.import_module(package)
+    together = threading.Barrier(8)
+
+    def ask(number: int) -> list[str]:
+        together.wait()
+        for plum in range(number, 40, 8):
+            importlib.import_module(f"{package}.plum{plum}")
+        return listed.names
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == [["apple", "pear"]] * 8
 
 
 def test_a_list_that_is_asked_inside_runs_there(package: str) -> None:

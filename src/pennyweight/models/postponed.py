@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
@@ -123,21 +124,38 @@ class _StandIn(ModuleType):
         return _Later(self._finder, self.__name__, name)
 
 
+_running = threading.RLock()
+
+
 class _List(ModuleType):
-    """A package that has not run, from which modules are imported as if it had."""
+    """A package that has not run, from which modules are imported as if it had. Its code runs in it, once; what it puts
+    in its own place has the modules too that were imported before."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__all__":
             raise AttributeError(name)
-        return getattr(self._real(), name)
+        real = self._real()
+        if real is not self:
+            return getattr(real, name)
+        if name not in vars(self):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return vars(self)[name]
 
     def __dir__(self) -> Iterable[str]:
-        return dir(self._real())
+        real = self._real()
+        return vars(self) if real is self else dir(real)
 
     def _real(self) -> ModuleType:
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return importlib.import_module(self.__name__)
+        with _running:
+            if "_has_run" not in vars(self):
+                self._has_run = True
+                importlib.reload(self)
+            real = sys.modules.get(self.__name__, self)
+            if real is not self:
+                for name, value in list(vars(self).items()):
+                    if isinstance(value, ModuleType):
+                        vars(real).setdefault(name, value)
+            return real
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -148,6 +166,7 @@ class _Finder(MetaPathFinder, Loader):
         self._names = names
         self._lists = set(lists)
         self._made: dict[str, ModuleType] = {}
+        self._loaders: dict[str, Any] = {}
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
         if any(fullname == name or fullname.startswith(f"{name}.") for name in self._names):
@@ -157,6 +176,7 @@ class _Finder(MetaPathFinder, Loader):
         self._lists.remove(fullname)
         spec = PathFinder.find_spec(fullname, path)
         if spec is not None:
+            self._loaders[fullname] = spec.loader
             spec.loader = self
         return spec
 
@@ -167,7 +187,10 @@ class _Finder(MetaPathFinder, Loader):
         return self._made[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing to execute."""
+        """There is nothing to execute. A list keeps the loader that it would have had."""
+        spec = module.__spec__
+        if spec is not None and spec.name in self._loaders:
+            spec.loader = module.__loader__ = self._loaders.pop(spec.name)
 
     def end(self) -> None:
         if self in sys.meta_path:
