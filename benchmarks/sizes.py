@@ -1,6 +1,6 @@
 """How exactly sizes are met, and what a second budget takes.
 
-    python -m benchmarks.sizes [--models demo,stories260K,moe] [--timed] [--data DIR] [--out FILE]
+    python -m benchmarks.sizes [--models demo,stories260K,moe] [--timed [demo,llama]] [--data DIR] [--out FILE]
 
 Ten sizes of the whole output, from the smallest that can be had to that in which all tensors take 8 bits a weight, each
 written and measured. Whatever is left is room that no plan filled (the steps between plans), or was kept for what is
@@ -190,7 +190,9 @@ def _left(taken: int, allowed: int) -> str:
 def main() -> None:
     """Measure, print, save."""
     parser = options("sizes", "How exactly sizes are met.", MODELS)
-    parser.add_argument("--timed", action="store_true", help="the time of a second budget too")
+    parser.add_argument(
+        "--timed", nargs="?", const="demo,llama", default="", help="the time of a second budget too, on these models"
+    )
     arguments = parser.parse_args()
     facts = circumstances("benchmarks.sizes")
     met: dict[str, list[Met]] = {}
@@ -203,9 +205,9 @@ def main() -> None:
             for one in sizes(model, work):
                 met[name].append(one)
                 note(f"  {name} {one}")
-        if arguments.timed:
-            times.append(timed("demo", _copied(DEMO, work / "timed")))
-            times.append(timed("Llama, 4 blocks", llama(work)))
+        for name in filter(None, arguments.timed.split(",")):
+            title, made = ("Llama, 4 blocks", llama(work)) if name == "llama" else (name, _copied(DEMO, work / "timed"))
+            times.append(timed(title, made))
     save("sizes", {**facts, "sizes": met, "times": times}, markdown(facts, met, times), out=arguments.out)
 
 
