@@ -62,7 +62,7 @@ class Decoder {
   void run_block(const DecoderBlock& block, std::size_t index, float* x, std::size_t tokens, std::size_t threads);
   void multiply(const float* x, std::size_t tokens, const std::vector<std::pair<const Linear*, float*>>& products,
                 std::size_t threads);
-  std::size_t number_bytes() const { return shape_.cache_kind == FloatKind::kFloat32 ? 4 : 2; }
+  std::size_t number_bytes() const { return bytes_of(shape_.cache_kind); }
   // Keys or values of a head.
   std::uint8_t* cache(std::vector<std::uint8_t>& all, std::size_t block, std::size_t head);
   void keep(std::size_t block, std::size_t head, std::size_t position, const float* key, const float* value);

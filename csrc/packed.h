@@ -15,6 +15,9 @@ constexpr std::size_t kLargestGroup = 128;
 
 constexpr std::int32_t kTableZero = 128;
 
+// Static, as every function of this header must be: it is compiled for several instruction sets.
+static constexpr std::size_t bytes_of(FloatKind kind) { return kind == FloatKind::kFloat32 ? 4 : 2; }
+
 // The values of a table as bytes: value = the sum over the planes of factor * (byte - kTableZero).
 struct TablePlanes {
   std::size_t count;  // 0 where values are whole numbers; else 1 to 3
@@ -37,6 +40,12 @@ struct PackedWeights {
   const std::uint8_t* tiles;
   std::size_t tile_bytes, code_bytes, scale_bytes;  // of a tile, of its codes, of its scales
 };
+
+// Bytes of a zero point of a row, and of the codes of a group of a tile.
+static constexpr std::size_t zero_bytes(const PackedWeights& w) {
+  return w.zero == ZeroKind::kInteger ? 1 : bytes_of(w.scale);
+}
+static constexpr std::size_t group_bytes(const PackedWeights& w) { return w.group * kTileRows * w.bits / 8; }
 
 // Activations as signed bytes. A row of the input is one token, or three: its numbers to 8 bits, what is left of them
 // to 8 more, and what is left of that; then their sum is as good as float32. For bfloat16 two are enough. Tokens come

@@ -141,7 +141,7 @@ __attribute__((noinline)) void sum_groups(const Tile* tiles, const Block* blocks
 __attribute__((noinline)) void add_scaled(const PackedWeights& w, const Tile& tile, const Block& block,
                                           std::size_t begin, std::size_t end, const std::int32_t* sums,
                                           const Target& result) {
-  const std::size_t float_step = kTileRows * (w.scale == FloatKind::kFloat32 ? 4 : 2);
+  const std::size_t float_step = kTileRows * bytes_of(w.scale);
   const bool has_float = (w.zero == ZeroKind::kFloat || w.zero == ZeroKind::kOffset) && result.has_zeros;
   __m512 totals[kMatrixBlock];
   PENNYWEIGHT_UNROLL for (std::size_t t = 0; t < kMatrixBlock; ++t) {
@@ -192,32 +192,26 @@ void add_panel(const Matrices& all, std::size_t first, std::size_t count, std::s
                std::size_t plane) {
   const PackedWeights& w = *all.product.weights;
   const RoundedTokens& tokens = all.product.tokens;
-  const std::size_t float_bytes = w.scale == FloatKind::kFloat32 ? 4 : 2;
-  const std::size_t zero_bytes = w.zero == ZeroKind::kInteger ? 1 : float_bytes;
   const bool is_table = w.table.count != 0;
-  const std::size_t group_bytes = w.group * kTileRows * w.bits / 8;
-  const bool is_last = begin + groups == w.groups;
   Tile tiles[kTilesAtOnce];
-  Ahead<kTilesAtOnce> ahead{{}, groups * group_bytes, (all.blocks + 1) / 2};
+  Ahead<kTilesAtOnce> ahead{{}, groups * group_bytes(w), (all.blocks + 1) / 2};
   for (std::size_t i = 0; i < kTilesAtOnce; ++i) {
     const std::uint8_t* from = w.tiles + (first + (i < count ? i : 0)) * w.tile_bytes;
     std::uint8_t* panel = all.panel + (i < count ? i : 0) * kTileRows * kColumnsAtOnce;
     tiles[i] = {panel,
-                from + w.code_bytes + begin * kTileRows * float_bytes,
-                from + w.code_bytes + w.scale_bytes + begin * kTileRows * zero_bytes,
+                from + w.code_bytes + begin * kTileRows * bytes_of(w.scale),
+                from + w.code_bytes + w.scale_bytes + begin * kTileRows * zero_bytes(w),
                 {}};
-    const std::uint8_t* codes = from + begin * group_bytes;
-    // As in add_tiles.
-    ahead.codes[i] = is_last ? from + kTilesAtOnce * w.tile_bytes : codes + groups * group_bytes;
+    ahead.follow(i, w, from, begin + groups);
     if (i >= count) continue;
-    unpack_groups<Lanes512>(w, codes, groups, is_table ? w.table.bytes[plane] : nullptr, panel);
+    unpack_groups<Lanes512>(w, from + begin * group_bytes(w), groups, is_table ? w.table.bytes[plane] : nullptr, panel);
     tiles[i].moved.choose(w, tiles[i].zeros, groups);
     tiles[i].moved.move(w, panel, tiles[i].zeros, groups);
   }
   alignas(64) std::int32_t sums[kGroupsAtOnce * kUnits * kSums];
   const float factor = is_table ? w.table.factors[plane] : 1.0f;
   for (std::size_t b = 0; b < all.blocks; b += 2) {
-    ahead.ask(b / 2);
+    if (plane == 0) ahead.ask(b / 2);
     Block blocks[2];
     for (std::size_t i = 0; i < 2; ++i) {
       // A block that is not there is the one before.

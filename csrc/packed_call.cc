@@ -132,7 +132,7 @@ void multiply_some(void* context, std::size_t thread, std::size_t index) {
   const Product& product = (*work.products)[work.first + number];
   const PackedWeights& weights = *product.weights;
   const std::size_t all_tiles = (weights.rows + kTileRows - 1) / kTileRows;
-  const std::size_t float_bytes = work.shared.out_kind == FloatKind::kFloat32 ? 4 : 2;
+  const std::size_t float_bytes = bytes_of(work.shared.out_kind);
   PackedProduct some = work.shared;
   some.weights = &weights;
   some.bias = product.bias;
@@ -151,12 +151,12 @@ void multiply_some(void* context, std::size_t thread, std::size_t index) {
 }
 
 // Products [first, last), which agree in group and value of code 0, with some rows of the input.
-void multiply_run(const RoundTokens& input, std::size_t first_row, bool is_exact, const std::vector<Product>& products,
-                  std::size_t first, std::size_t last, std::size_t threads, const PackedKernels& kernels) {
+void multiply_run(const RoundTokens& input, std::size_t first_row, std::size_t planes,
+                  const std::vector<Product>& products, std::size_t first, std::size_t last, std::size_t threads,
+                  const PackedKernels& kernels) {
   static thread_local Buffers buffers;
   const PackedWeights& weights = *products[first].weights;
   const std::size_t rows = input.row_end;
-  const std::size_t planes = is_exact ? exact_planes(input.kind) : 1;
   const std::size_t tokens = rows * planes;
   const bool is_matrix = tokens >= kernels.matrix_from;
   const std::size_t block = is_matrix ? kMatrixBlock : block_size(tokens, weights.group, kernels);
@@ -250,7 +250,7 @@ PackedWeights parse_packed(const std::uint8_t* storage, std::size_t bytes) {
     std::memcpy(values.data(), storage + kHeaderBytes, table_bytes);
     w.table = planes_of(values.data(), values.size());
   }
-  const std::size_t float_bytes = w.scale == FloatKind::kFloat32 ? 4 : 2;
+  const std::size_t float_bytes = bytes_of(w.scale);
   w.code_bytes = w.groups * w.group * kTileRows * w.bits / 8;
   w.scale_bytes = aligned(w.groups * kTileRows * float_bytes);
   const std::size_t zero_bytes[] = {0, aligned(w.groups * kTileRows), w.scale_bytes, w.scale_bytes};
@@ -267,8 +267,9 @@ PackedWeights parse_packed(const std::uint8_t* storage, std::size_t bytes) {
 void multiply_packed(const void* x, FloatKind kind, std::size_t rows, std::size_t cols, bool is_exact,
                      const std::vector<Product>& products, std::size_t threads, const PackedKernels& kernels) {
   threads = std::max<std::size_t>(1, threads);
-  const std::size_t rows_at_once = kTokensAtOnce / (is_exact ? 3 : 1);
-  const std::size_t float_bytes = kind == FloatKind::kFloat32 ? 4 : 2;
+  const std::size_t planes = is_exact ? exact_planes(kind) : 1;
+  const std::size_t rows_at_once = kTokensAtOnce / planes;
+  const std::size_t float_bytes = bytes_of(kind);
   for (std::size_t row = 0; row < rows; row += rows_at_once) {
     const std::uint8_t* from = static_cast<const std::uint8_t*>(x) + row * cols * float_bytes;
     const RoundTokens input{from, kind, cols, 0, 0, std::min(rows_at_once, rows - row), {}};
@@ -278,7 +279,7 @@ void multiply_packed(const void* x, FloatKind kind, std::size_t rows, std::size_
         const PackedWeights& other = *products[last].weights;
         if (other.group != w.group || other.smallest != w.smallest) break;
       }
-      multiply_run(input, row, is_exact, products, first, last, threads, kernels);
+      multiply_run(input, row, planes, products, first, last, threads, kernels);
     }
   }
 }

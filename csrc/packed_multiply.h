@@ -32,11 +32,11 @@ template <class L, int kStrips>
 PENNYWEIGHT_INLINE void prefetch_group(const PackedWeights& w, const Strips<kStrips>& at) {
   if (at.ends[0] == nullptr) return;
   constexpr std::size_t kTiles = static_cast<std::size_t>(kStrips * L::kRows) / kTileRows;
-  const std::size_t group_bytes = w.group * kTileRows * w.bits / 8;
+  const std::size_t bytes = group_bytes(w);
   for (int s = 0; s < kStrips; s += static_cast<int>(kTileRows) / L::kRows) {
     const std::uint8_t* soon = at.codes[s] + kAhead;
     if (soon >= at.ends[s]) soon += kTiles * w.tile_bytes - w.code_bytes;
-    for (std::size_t byte = 0; byte < group_bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 3);
+    for (std::size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 3);
     __builtin_prefetch(at.scales[s] + kTiles * w.tile_bytes, 0, 2);
   }
 }
@@ -80,7 +80,7 @@ __attribute__((noinline)) void add_groups(const PackedWeights& w, Strips<kStrips
   // Bytes are taken four quads at a time, so that groups of 16 columns are whole too.
   constexpr int kQuads = kBits == 8 ? 4 : 8;
   const std::size_t chunks = w.group / (4 * kQuads);
-  const std::size_t scale_step = kTileRows * (w.scale == FloatKind::kFloat32 ? 4 : 2);
+  const std::size_t scale_step = kTileRows * bytes_of(w.scale);
   const bool has_float = (w.zero == ZeroKind::kFloat || w.zero == ZeroKind::kOffset) && result.has_zeros;
   const bool has_factor = result.factor != 1.0f;
   typename L::Floats totals[kStrips][kBlock];
@@ -196,6 +196,12 @@ struct Ahead {
   std::size_t bytes;
   std::size_t parts;
 
+  // What comes after groups up to `end` of tile number i, which lies at `from`: after the last one the first of the
+  // tiles that follow. Asking for what is not there does no harm.
+  void follow(std::size_t i, const PackedWeights& w, const std::uint8_t* from, std::size_t end) {
+    codes[i] = end == w.groups ? from + kTiles * w.tile_bytes : from + end * group_bytes(w);
+  }
+
   void ask(std::size_t part) const {
     const std::size_t lines = (bytes / 64 + parts - 1) / parts;
     for (const std::uint8_t* tile : codes) {
@@ -215,29 +221,23 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
   const RoundedTokens& tokens = product.tokens;
   const std::size_t count = (product.row_end - product.row_begin) * tokens.planes;
   const std::size_t blocks = (count + tokens.block - 1) / tokens.block;
-  const std::size_t float_bytes = w.scale == FloatKind::kFloat32 ? 4 : 2;
-  const std::size_t zero_bytes = w.zero == ZeroKind::kInteger ? 1 : float_bytes;
   const bool is_direct = L::kHasPlanes && blocks == 1 && w.table.count == 0 && w.group % 32 == 0;
-  const std::size_t group_bytes = w.group * kTileRows * w.bits / 8;
   const bool is_bytes = w.bits == 8 && w.table.count == 0;
   const std::size_t step = is_direct ? w.groups : kPanelColumnsAtOnce / w.group;
   for (std::size_t begin = 0; begin < w.groups; begin += step) {
     const std::size_t groups = begin + step < w.groups ? step : w.groups - begin;
     for (std::size_t plane = 0; plane == 0 || plane < w.table.count; ++plane) {
       Strips<kStrips> at;
-      Ahead<kTiles> ahead{{}, groups * group_bytes, blocks};
+      Ahead<kTiles> ahead{{}, groups * group_bytes(w), blocks};
       for (int s = 0; s < kStrips; ++s) {
         const std::size_t row = static_cast<std::size_t>(s % kPerTile * L::kRows);
         const std::uint8_t* from = w.tiles + (tile + static_cast<std::size_t>(s / kPerTile)) * w.tile_bytes;
         std::uint8_t* unpacked = panel + static_cast<std::size_t>(s / kPerTile) * kTileRows * kPanelColumnsAtOnce;
-        at.codes[s] = from + begin * group_bytes + 4 * row;
-        at.scales[s] = from + w.code_bytes + (begin * kTileRows + row) * float_bytes;
-        at.zeros[s] = from + w.code_bytes + w.scale_bytes + (begin * kTileRows + row) * zero_bytes;
+        at.codes[s] = from + begin * group_bytes(w) + 4 * row;
+        at.scales[s] = from + w.code_bytes + (begin * kTileRows + row) * bytes_of(w.scale);
+        at.zeros[s] = from + w.code_bytes + w.scale_bytes + (begin * kTileRows + row) * zero_bytes(w);
         at.ends[s] = is_direct ? from + w.code_bytes : nullptr;
-        // After the last columns come the first ones of the tiles that follow; asking for what is not there does no
-        // harm.
-        ahead.codes[s / kPerTile] =
-            begin + groups == w.groups ? from + kTiles * w.tile_bytes : from + (begin + groups) * group_bytes;
+        ahead.follow(static_cast<std::size_t>(s / kPerTile), w, from, begin + groups);
         if (is_direct || is_bytes) continue;
         if (row == 0) {
           unpack_groups<L>(w, at.codes[s], groups, w.table.count != 0 ? w.table.bytes[plane] : nullptr, unpacked);

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,10 +26,11 @@ from torch import Tensor
 
 from benchmarks.peers.kernels import ggml, onnxruntime_nodes, openvino_graphs, ours, torch_linears
 from benchmarks.peers.kernels.contest import THREADS, Contestant, Size
+from pennyweight.evaluate.speed.machine import cache_bytes
 
 PEERS = (ggml, onnxruntime_nodes, openvino_graphs, torch_linears)
-# What a rotation holds at least: several times most last-level caches, and as much as the largest.
-_LEAST_ROTATION = 128 << 20
+# What a rotation holds at least: several times most last-level caches, and as much as this machine's.
+ROTATION_BYTES = max(128 << 20, cache_bytes() or 0)
 # From so many tokens on the weights are a small part of the work: two, cold because the reading came before them.
 MANY_TOKENS, FEW_WEIGHTS = 128, 2
 # Of outcomes to products with the decoded weights; what rounding activations to 8 bits as a whole may cost.
@@ -56,16 +56,6 @@ class Timed:
             "seconds": self.seconds,
             "read_bytes_per_s": self.read_bytes_per_s,
         }
-
-
-def rotation_bytes() -> int:
-    """Bytes of weights that no cache of this machine holds."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    caches = [int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for size in sizes if (text := size.read_text().strip())]
-    return max([_LEAST_ROTATION, *caches])
-
-
-ROTATION_BYTES = rotation_bytes()
 
 
 class Cell:
