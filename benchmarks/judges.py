@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.dense import stored_bytes
-from pennyweight.evaluate.compare import compare, evaluation_windows, mean_and_error
+from pennyweight.evaluate.compare import Reference, evaluation_windows, mean_and_error
 from pennyweight.evaluate.sequences import each_output
 from pennyweight.evaluate.tasks.base import Passage, Tokens
 from pennyweight.evaluate.tasks.sentence_pairs import SentencePairs
@@ -71,11 +71,12 @@ class DecoderJudge:
     def __init__(self, model: Path, source: Path, *, length: int, samples: int | None) -> None:
         self._model = StreamedModel(model)
         self.windows = evaluation_windows(self._model, str(source), length=length, samples=samples)
+        self._original = Reference(self._model, self.windows)
         self.reference = {"perplexity": math.nan}
 
     def score(self, artefact: Path) -> Score:
         candidate = StreamedModel(artefact)
-        scores = compare(candidate, self._model, self.windows)
+        scores = self._original.compare(candidate)
         tokens = sum(score.tokens for score in scores)
         self.reference["perplexity"] = math.exp(math.fsum(score.reference_nats for score in scores) / tokens)
         nats = math.fsum(score.nats for score in scores) / tokens

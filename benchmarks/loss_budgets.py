@@ -2,13 +2,13 @@
 
     python -m benchmarks.loss_budgets [--models demo,stories260K,third] [--tokens 24576,49152] [--data DIR] [--out FILE]
 
-The plans of the frontier near the limit are made, with `--effort fast`, and the loss of each is measured on every
-window that it was not calibrated on. Then, split by split, the rule of `pennyweight.evaluate.loss_budget` (the smallest
-plan whose upper bound holds) is applied to some windows and its plan judged on as many others: how often the mean there
-is above the limit, and how much larger the plan is than the first of the frontier that meets it there. Beside the bound
-of 2.33 standard errors that is in force stand narrower ones, and a seer: it knows the mean over all windows, and leaves
-the 1.645 standard errors of the judging windows alone, with which 95 % of them hold. No rule that looks at fewer
-windows can promise that with smaller plans.
+Every so many plans of the frontier are made, with `--effort fast`, and looked at on a few windows; then all that are
+near the limit, and the loss of each is measured on every window that it was not calibrated on. Then, split by split,
+the rule of `pennyweight.evaluate.loss_budget` (the smallest plan whose upper bound holds) is applied to some windows
+and its plan judged on as many others: how often the mean there is above the limit, and how much larger the plan is than
+the first of the frontier that meets it there. Beside the bound of 2.33 standard errors that is in force stand narrower
+ones, and a seer: it knows the mean over all windows, and leaves the 1.645 standard errors of the judging windows alone,
+with which 95 % of them hold. No rule that looks at fewer windows can promise that with smaller plans.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.results_file import ROOT, cache, circumstances, heading, note, options, save, table
 from benchmarks.subjects import DEMO
 from benchmarks.third_model import STEPS, make, unseen_text
-from pennyweight.evaluate.compare import WindowScores, compare
+from pennyweight.evaluate.compare import Reference, WindowScores
 from pennyweight.evaluate.judges import bounded, unseen_windows
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.measuring import Measuring
@@ -54,11 +54,14 @@ LIMITS = {
 }
 _LENGTH = 512
 # Of each book.
-_CHARACTERS = 350_000
-# Plans whose predicted loss is between these multiples of the limit are made, every so many first; then all those whose
-# loss, going by these, is between the other two.
+_CHARACTERS = 500_000
+# Plans whose predicted loss is between these multiples of the limit are made, every so many, and looked at on so many
+# tokens.
 _LEAST, _MOST, _STRIDE = 0.2, 8.0, 8
-_NEAR = (0.4, 1.35)
+_LOOK = 49_152
+# Then all those whose loss, going by these, is so far from the limit at most, below and above, with _LOOK tokens that
+# choose; with more, which tell more, nearer ones.
+_BELOW, _ABOVE = 0.5, 0.3
 # Standard errors of the rules; a seer's last.
 _IN_FORCE, _SEER = "2.33", "seer"
 RULES = {_IN_FORCE: 2.33, "2": 2.0, "1.645": 1.645, _SEER: 1.645}
@@ -135,50 +138,52 @@ class _Kept:
         self.file.write_text(json.dumps([asdict(one) for one in self.plans.values()]), encoding="utf-8")
 
 
-def judged_plans(text: Text, tokens: int, work: Path) -> list[Judged]:
-    """The plans near the limits, from small to large."""
+def judged_plans(text: Text, tokens: Sequence[int], work: Path) -> list[Judged]:
+    """The plans near the limits, from small to large, on twice as many tokens as the most that are to choose."""
     options = Options(calibration=text.calibration, length=_LENGTH, effort="fast")
     draft = drafted(str(text.path), options, None)
     problem = problem_of(draft, Measuring(draft))
     unseen = unseen_windows(draft)
     order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))
-    windows = unseen[order[: 2 * tokens // _LENGTH]]
+    windows = unseen[order[: 2 * max(tokens) // _LENGTH]]
     note(f"  {windows.numel():,} tokens of {unseen.numel():,} that no plan is calibrated on")
     points = problem.frontier.points
     limits = LIMITS[text.name]
     least, most = (pick(limit.value for limit in limits) for pick in (min, max))
-    kept = _Kept.of(text.path, windows)
-    found: dict[int, Judged] = {}
 
-    def judge(index: int) -> None:
+    def judged(index: int, kept: _Kept, original: Reference) -> Judged:
         point, out = points[index], work / "plan"
-        if point.size_bytes in kept.plans:
-            found[index] = kept.plans[point.size_bytes]
-            return
-        shutil.rmtree(out, ignore_errors=True)
-        entries = PlanEntries("a plan of the frontier", problem.plan(problem.frontier.schemes(point)).names)
-        quantize(str(text.path), out, replace(options, plan=entries))
-        found[index] = Judged(point.size_bytes, point.cost, compare(StreamedModel(out), draft.model, windows))
-        kept.add(found[index])
-        seen = "; ".join(f"{limit}: {bounded(found[index].scores, limit)[0]:.4g}" for limit in limits)
+        if point.size_bytes not in kept.plans:
+            shutil.rmtree(out, ignore_errors=True)
+            entries = PlanEntries("a plan of the frontier", problem.plan(problem.frontier.schemes(point)).names)
+            quantize(str(text.path), out, replace(options, plan=entries))
+            kept.add(Judged(point.size_bytes, point.cost, original.compare(StreamedModel(out))))
+        plan = kept.plans[point.size_bytes]
+        seen = "; ".join(f"{limit}: {bounded(plan.scores, limit)[0]:.4g}" for limit in limits)
         note(f"  {point.size_bytes:,} bytes: predicted {point.cost:.4g}, {seen}")
+        return plan
 
-    near = [index for index, point in enumerate(points) if _LEAST * least <= point.cost <= _MOST * most]
-    coarse = near[::_STRIDE]
-    for index in coarse:
-        judge(index)
-    for before, after in pairwise(coarse):
-        for index in range(before + 1, after):
+    few = windows[: _LOOK // _LENGTH]
+    looked, kept = _Kept.of(text.path, few), _Kept.of(text.path, windows)
+    coarse = [index for index, point in enumerate(points) if _LEAST * least <= point.cost <= _MOST * most][::_STRIDE]
+    original = Reference(draft.streamed, few)
+    looks = [judged(index, looked, original) for index in coarse]
+    far = math.sqrt(_LOOK / min(tokens))
+    near: list[int] = []
+    for (before, first), (after, last) in pairwise(zip(coarse, looks, strict=True)):
+        for index in range(before, after):
             share = (index - before) / (after - before)
-            if any(_is_near(found[before], found[after], share, limit) for limit in limits):
-                judge(index)
-    return [found[index] for index in sorted(found)]
+            if any(_is_near(first, last, share, limit, far) for limit in limits):
+                near.append(index)
+    note(f"  {len(near)} plans near the limits")
+    original = Reference(draft.streamed, windows)
+    return [judged(index, kept, original) for index in near]
 
 
-def _is_near(before: Judged, after: Judged, share: float, limit: Budget) -> bool:
+def _is_near(before: Judged, after: Judged, share: float, limit: Budget, far: float) -> bool:
     """Whether a plan that far from `before` to `after` may be taken for the first that holds."""
     more, less = (max(bounded(plan.scores, limit)[0] / limit.value, 1e-6) for plan in (before, after))
-    return _NEAR[0] <= more * (less / more) ** share <= _NEAR[1]
+    return 1 - _BELOW * far <= more * (less / more) ** share <= 1 + _ABOVE * far
 
 
 @dataclass(frozen=True)
@@ -281,7 +286,7 @@ def main() -> None:
     for name in arguments.models.split(","):
         note(name)
         with tempfile.TemporaryDirectory(dir=cache(), prefix="budgets-") as directory:
-            plans = judged_plans(MODELS[name](arguments.data, Path(directory)), max(tokens), Path(directory))
+            plans = judged_plans(MODELS[name](arguments.data, Path(directory)), tokens, Path(directory))
         found += [
             outcome(name, plans, limit, rule, number) for limit in LIMITS[name] for number in tokens for rule in RULES
         ]

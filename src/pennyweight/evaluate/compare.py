@@ -108,7 +108,7 @@ def evaluate(
         for model in (artefact, against)
     )
     windows = evaluation_windows(reference, source, length=length, samples=samples, trust_remote_code=trust_remote_code)
-    scores = compare(candidate, reference, windows, tell=tell)
+    scores = Reference(reference, windows).compare(candidate, tell=tell)
     return _summary(scores, candidate, reference, windows)
 
 
@@ -125,24 +125,41 @@ def evaluation_windows(
     return windows[:samples]
 
 
-def compare(
-    candidate: StreamedModel,
-    reference: StreamedModel,
-    windows: Tensor,
-    *,
-    tell: Callable[[int, int], None] = lambda done, total: None,
-) -> list[WindowScores]:
-    """Scores of every window, in order; they do not depend on the number of threads."""
-    check_pair(candidate, reference)
-    batches = text.batches(windows)
-    streams = [model.start(batches) for model in (candidate, reference)]
-    total = len(reference.blocks)
-    for index in range(total):
-        for model, stream in zip((candidate, reference), streams, strict=True):
-            with model.opened(index) as block:
-                model.advance(block, index, stream)
-        tell(index + 1, total)
-    return _score(candidate, reference, streams, batches)
+class Reference:
+    """The original on `windows` of token ids [windows, tokens]. It is run once, with the first that is compared with
+    it, and what its blocks made of the windows is held: 4 x width bytes a token."""
+
+    def __init__(self, model: StreamedModel, windows: Tensor) -> None:
+        self.model = model
+        self.windows = windows
+        self._batches = text.batches(windows)
+        self._stream: Stream | None = None
+
+    def compare(
+        self, candidate: StreamedModel, *, tell: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[WindowScores]:
+        """Scores of every window, in order; they do not depend on the number of threads. `tell(done, total)` follows
+        the blocks. Raises ModelError where the one cannot have been made from the other."""
+        check_pair(candidate, self.model)
+        blocks = len(self.model.blocks)
+        before = blocks if self._stream is None else 0
+        if self._stream is None:
+            self._stream = self.model.run(self._batches, tell=lambda done: tell(done, 2 * blocks))
+        stream = candidate.run(self._batches, tell=lambda done: tell(before + done, before + blocks))
+        return self._score(candidate, stream, self._stream)
+
+    def _score(self, candidate: StreamedModel, stream: Stream, reference: Stream) -> list[WindowScores]:
+        batches = self._batches
+        with candidate.finishing(stream) as ours, self.model.finishing(reference) as theirs:
+
+            def one(batch: int) -> list[WindowScores]:
+                score = score_logits if self.model.is_decoder else score_embeddings
+                pairs = zip(ours(batch), theirs(batch), batches[batch].to(self.model.device), strict=True)
+                return [score(this, that, ids) for this, that, ids in pairs]
+
+            together = max(1, _LOGITS_BYTES // _logits_bytes(self.model, batches[0]))
+            rounds = [parallel_map(one, range(len(batches))[part]) for part in chunks(len(batches), together)]
+            return [window for scores in rounds for batch in scores for window in batch]
 
 
 def check_pair(candidate: StreamedModel, reference: StreamedModel) -> None:
@@ -157,21 +174,6 @@ def check_pair(candidate: StreamedModel, reference: StreamedModel) -> None:
         raise ModelError(
             f"{candidate.path} has a vocabulary of {sizes[0]} and {reference.path} one of {sizes[1]}: name its original"
         )
-
-
-def _score(
-    candidate: StreamedModel, reference: StreamedModel, streams: Sequence[Stream], batches: Sequence[Tensor]
-) -> list[WindowScores]:
-    with candidate.finishing(streams[0]) as ours, reference.finishing(streams[1]) as theirs:
-
-        def one(batch: int) -> list[WindowScores]:
-            score = score_logits if reference.is_decoder else score_embeddings
-            pairs = zip(ours(batch), theirs(batch), batches[batch].to(reference.device), strict=True)
-            return [score(this, that, ids) for this, that, ids in pairs]
-
-        together = max(1, _LOGITS_BYTES // _logits_bytes(reference, batches[0]))
-        rounds = [parallel_map(one, range(len(batches))[part]) for part in chunks(len(batches), together)]
-        return [window for scores in rounds for batch in scores for window in batch]
 
 
 def _logits_bytes(model: StreamedModel, ids: Tensor) -> int:

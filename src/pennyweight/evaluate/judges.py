@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import DataError, ModelError
-from pennyweight.evaluate.compare import WindowScores, check_pair, compare, mean_and_error
+from pennyweight.evaluate.compare import Reference, WindowScores, check_pair, mean_and_error
 from pennyweight.evaluate.confidence import ERRORS
 from pennyweight.evaluate.tasks.base import Outcome
 from pennyweight.evaluate.tasks.exam import Exam
@@ -64,7 +64,7 @@ def judge_of(draft: Draft, budget: Budget) -> Judge:
             f"{budget}: {kind} predicts no tokens, so it has neither KL nor perplexity: give a size, or --max-loss "
             "with a --task of sentence pairs"
         )
-    return TextJudge(draft.streamed, budget, unseen_windows(draft))
+    return TextJudge(Reference(draft.streamed, unseen_windows(draft)), budget)
 
 
 def unseen_windows(draft: Draft) -> Tensor:
@@ -82,31 +82,34 @@ def unseen_windows(draft: Draft) -> Tensor:
 
 @dataclass(frozen=True)
 class TextJudge:
-    """KL or perplexity on windows of token ids [windows, length]."""
+    """KL or perplexity on windows of text."""
 
-    original: StreamedModel
+    original: Reference
     budget: Budget
-    windows: Tensor
     scale: float = 1.0
 
     @property
     def key(self) -> str:
-        about = f"{self.budget.kind} {tuple(self.windows.shape)} {ERRORS} ".encode()
-        return hashlib.sha256(about + self.windows.numpy().tobytes()).hexdigest()[:32]
+        about = f"{self.budget.kind} {tuple(self._windows.shape)} {ERRORS} ".encode()
+        return hashlib.sha256(about + self._windows.numpy().tobytes()).hexdigest()[:32]
 
     @property
     def about(self) -> Mapping[str, Any]:
-        return {"windows": self.windows.shape[0], "tokens": self.windows.numel()}
+        return {"windows": self._windows.shape[0], "tokens": self._windows.numel()}
 
     @property
     def data(self) -> str:
-        return f"{self.windows.numel()} tokens"
+        return f"{self._windows.numel()} tokens"
 
     def measure(self, candidate: StreamedModel) -> Measured:
-        return Measured(*bounded(compare(candidate, self.original, self.windows), self.budget))
+        return Measured(*bounded(self.original.compare(candidate), self.budget))
 
     def more(self, measured: Measured, limit: float) -> str:
         return "more text"
+
+    @property
+    def _windows(self) -> Tensor:
+        return self.original.windows
 
 
 def bounded(scores: Sequence[WindowScores], budget: Budget, *, errors: float = ERRORS) -> tuple[float, float]:

@@ -117,12 +117,16 @@ class StreamedModel:
         self._embedding_rows = None
         return stream
 
-    def run(self, batches: Sequence[Tensor], *, embedding: Callable[[Tensor], Tensor] | None = None) -> Stream:
-        """`batches` as the last block hands them on; arguments as for `start`."""
+    def run(
+        self, batches: Sequence[Tensor], *, embedding: Callable[[Tensor], Tensor] | None = None,
+        tell: Callable[[int], None] = lambda done: None,
+    ) -> Stream:  # fmt: skip
+        """`batches` as the last block hands them on; arguments as for `start`. `tell(done)` follows the blocks."""
         stream = self.start(batches, embedding=embedding)
         for index in range(len(self.blocks)):
             with self.opened(index) as block:
                 self.advance(block, index, stream)
+            tell(index + 1)
         return stream
 
     def run_block(self, block: nn.Module, index: int, stream: Stream, *, seen: Callable[[int], Seen] | None = None,
