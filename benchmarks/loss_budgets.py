@@ -165,7 +165,8 @@ def judged_plans(text: Text, tokens: Sequence[int], work: Path) -> list[Judged]:
 
     few = windows[: _LOOK // _LENGTH]
     looked, kept = _Kept.of(text.path, few), _Kept.of(text.path, windows)
-    coarse = [index for index, point in enumerate(points) if _LEAST * least <= point.cost <= _MOST * most][::_STRIDE]
+    within = [index for index, point in enumerate(points) if _LEAST * least <= point.cost <= _MOST * most]
+    coarse = sorted({*within[::_STRIDE], within[-1]})
     original = Reference(draft.streamed, few)
     looks = [judged(index, looked, original) for index in coarse]
     far = math.sqrt(_LOOK / min(tokens))

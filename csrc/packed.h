@@ -86,9 +86,10 @@ struct PackedProduct {
 };
 
 // Tokens that one call of `multiply` takes at most: each call reads all weights from memory. Columns that are unpacked
-// at a time.
+// at a time; columns that several blocks of tokens, each unpacking for itself, find in the second cache.
 constexpr std::size_t kMostTokens = 528;
 constexpr std::size_t kPanelColumnsAtOnce = 1024;
+constexpr std::size_t kDirectColumnsAtOnce = 4096;
 // Two tiles unpacked, and sums of all tokens for four.
 constexpr std::size_t kScratchBytes = 2 * kTileRows * kPanelColumnsAtOnce + 4 * kTileRows * kMostTokens * sizeof(float);
 
@@ -128,9 +129,9 @@ struct DenseProduct {
 };
 
 struct PackedKernels {
-  std::size_t largest_block;      // of tokens
-  std::size_t small_group_block;  // the largest of several with groups of kSmallGroup columns at most
-  std::size_t matrix_from;        // from so many tokens on they come in blocks of kMatrixBlock, for matrix instructions
+  std::size_t largest_block;   // of tokens
+  std::size_t one_of_several;  // the largest of several blocks
+  std::size_t matrix_from;     // from so many tokens on they come in blocks of kMatrixBlock, for matrix instructions
   // Each group of a row rounded by its largest magnitude / 127, ties to even. A group with a number that is not finite
   // has the scale NaN. The twin in torch is pennyweight.kernels.packed.round_activations.
   void (*round)(const RoundTokens& tokens);
@@ -148,8 +149,6 @@ struct PackedKernels {
 
 // The block sizes there are: `tokens` are cut into blocks of the size that wastes least.
 constexpr std::size_t kBlockSizes[] = {1, 2, 3, 4, 6, 8, 12};
-// Sums of small groups are scaled so often that the totals had better stay in registers beside them.
-constexpr std::size_t kSmallGroup = 64;
 constexpr std::size_t kMatrixBlock = 16;
 constexpr std::size_t kNoMatrix = static_cast<std::size_t>(-1);
 

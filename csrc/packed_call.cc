@@ -74,9 +74,8 @@ struct Buffers {
 };
 
 // `tokens` cut into as few blocks as possible, these of the smallest size there is for them.
-std::size_t block_size(std::size_t tokens, std::size_t group, const PackedKernels& kernels) {
-  const bool is_small = group <= kSmallGroup && tokens > kernels.largest_block;
-  const std::size_t largest = is_small ? kernels.small_group_block : kernels.largest_block;
+std::size_t block_size(std::size_t tokens, const PackedKernels& kernels) {
+  const std::size_t largest = tokens > kernels.largest_block ? kernels.one_of_several : kernels.largest_block;
   const std::size_t blocks = (tokens + largest - 1) / largest;
   for (const std::size_t size : kBlockSizes) {
     if (size * blocks >= tokens && size <= largest) return size;
@@ -159,7 +158,7 @@ void multiply_run(const RoundTokens& input, std::size_t first_row, std::size_t p
   const std::size_t rows = input.row_end;
   const std::size_t tokens = rows * planes;
   const bool is_matrix = tokens >= kernels.matrix_from;
-  const std::size_t block = is_matrix ? kMatrixBlock : block_size(tokens, weights.group, kernels);
+  const std::size_t block = is_matrix ? kMatrixBlock : block_size(tokens, kernels);
   const std::size_t padded = (tokens + block - 1) / block * block;
   const std::size_t fields = padded * weights.groups;
   Rounding rounding{input, &kernels, rows};

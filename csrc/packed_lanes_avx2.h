@@ -16,12 +16,14 @@ struct Lanes256 {
   static constexpr int kRows = 8;
   static constexpr int kTiles = 1;
   static constexpr int kLargestBlock = 4;
-  static constexpr int kSmallGroupBlock = 4;
+  static constexpr int kOneOfSeveral = 4;
 #if defined(__AVXVNNI__)
   static constexpr bool kOnlyWide = true;
 #else
   static constexpr bool kOnlyWide = false;
 #endif
+
+  static std::size_t direct_blocks(bool is_one_plane) { return is_one_plane ? 8 : 4; }
 
   static PENNYWEIGHT_INLINE Bytes load(const std::uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -16,12 +16,19 @@ struct Lanes512 {
   static constexpr int kRows = 16;
   static constexpr int kTiles = 2;
   static constexpr int kLargestBlock = 12;
-  static constexpr int kSmallGroupBlock = 6;
+  // Totals stay in registers beside the sums of a group.
+  static constexpr int kOneOfSeveral = 6;
 #if defined(__AVX512VNNI__)
   static constexpr bool kOnlyWide = true;
 #else
   static constexpr bool kOnlyWide = false;
 #endif
+
+  // On AMD's processors the logic of vectors has units of its own, beside those that multiply.
+  static std::size_t direct_blocks(bool is_one_plane) {
+    if (!__builtin_cpu_is("amd")) return 4;
+    return is_one_plane ? kMostTokens : 16;
+  }
 
   static PENNYWEIGHT_INLINE Bytes load(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
   static PENNYWEIGHT_INLINE void store(std::uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x); }

@@ -16,8 +16,10 @@ struct LanesNeon {
   static constexpr int kRows = 4;
   static constexpr int kTiles = 1;
   static constexpr int kLargestBlock = 4;
-  static constexpr int kSmallGroupBlock = 4;
+  static constexpr int kOneOfSeveral = 4;
   static constexpr bool kOnlyWide = false;
+
+  static std::size_t direct_blocks(bool) { return 4; }
 
   static PENNYWEIGHT_INLINE Bytes load(const std::uint8_t* p) { return vld1q_u8(p); }
   static PENNYWEIGHT_INLINE void store(std::uint8_t* p, Bytes x) { vst1q_u8(p, x); }

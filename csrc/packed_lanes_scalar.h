@@ -20,7 +20,7 @@ struct PlainLanes {
   static constexpr int kRows = 16;
   static constexpr int kTiles = 1;
   static constexpr int kLargestBlock = 4;
-  static constexpr int kSmallGroupBlock = 4;
+  static constexpr int kOneOfSeveral = 4;
   static constexpr bool kOnlyWide = true;
 
   static inline Bytes load(const std::uint8_t* p) {

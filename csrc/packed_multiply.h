@@ -212,6 +212,17 @@ struct Ahead {
   }
 };
 
+// Whether each block of tokens unpacks the codes for itself: with few blocks that takes less than a panel of bytes that
+// is written once and read by all.
+template <class L>
+bool is_direct(const PackedWeights& w, std::size_t blocks) {
+  if constexpr (L::kHasPlanes) {
+    const bool is_one_plane = w.bits == 2 || w.bits == 4 || w.bits == 8;
+    return w.table.count == 0 && w.group % 32 == 0 && blocks <= L::direct_blocks(is_one_plane);
+  }
+  return false;
+}
+
 // All tokens of a product times `kTiles` tiles from `tile` on, added to `sums` [tokens, kTiles * kTileRows].
 template <class L, int kTiles>
 void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* panel, float* sums) {
@@ -221,9 +232,10 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
   const RoundedTokens& tokens = product.tokens;
   const std::size_t count = (product.row_end - product.row_begin) * tokens.planes;
   const std::size_t blocks = (count + tokens.block - 1) / tokens.block;
-  const bool is_direct = L::kHasPlanes && blocks == 1 && w.table.count == 0 && w.group % 32 == 0;
+  const bool has_panel = !is_direct<L>(w, blocks);
   const bool is_bytes = w.bits == 8 && w.table.count == 0;
-  const std::size_t step = is_direct ? w.groups : kPanelColumnsAtOnce / w.group;
+  const std::size_t columns = has_panel ? kPanelColumnsAtOnce : kDirectColumnsAtOnce;
+  const std::size_t step = blocks == 1 && !has_panel ? w.groups : columns / w.group;
   for (std::size_t begin = 0; begin < w.groups; begin += step) {
     const std::size_t groups = begin + step < w.groups ? step : w.groups - begin;
     for (std::size_t plane = 0; plane == 0 || plane < w.table.count; ++plane) {
@@ -236,9 +248,9 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
         at.codes[s] = from + begin * group_bytes(w) + 4 * row;
         at.scales[s] = from + w.code_bytes + (begin * kTileRows + row) * bytes_of(w.scale);
         at.zeros[s] = from + w.code_bytes + w.scale_bytes + (begin * kTileRows + row) * zero_bytes(w);
-        at.ends[s] = is_direct ? from + w.code_bytes : nullptr;
+        at.ends[s] = has_panel ? nullptr : from + w.code_bytes;
         ahead.follow(static_cast<std::size_t>(s / kPerTile), w, from, begin + groups);
-        if (is_direct || is_bytes) continue;
+        if (!has_panel || is_bytes) continue;
         if (row == 0) {
           unpack_groups<L>(w, at.codes[s], groups, w.table.count != 0 ? w.table.bytes[plane] : nullptr, unpacked);
         }
@@ -250,13 +262,15 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
         const TokensAt block{tokens.words + first * (w.group / 4), tokens.sums + first, product.starts + first,
                              tokens.scales + first};
         const Target result{sums + b * tokens.block * kTiles * kTileRows, kTiles * kTileRows, factor, plane == 0};
+        if (plane == 0 && blocks > 1) ahead.ask(b);
         if constexpr (L::kHasPlanes) {
-          if (is_direct) {
+          if (!has_panel) {
             add_block<L, kStrips, false>(tokens.block, w, at, block, groups, result);
+            // The first block has read the codes.
+            for (int s = 0; s < kStrips; ++s) at.ends[s] = nullptr;
             continue;
           }
         }
-        if (plane == 0) ahead.ask(b);
         add_block<L, kStrips, true>(tokens.block, w, at, block, groups, result);
       }
     }
@@ -282,7 +296,12 @@ inline void write_tile(const PackedProduct& product, std::size_t tile, const flo
     }
     const std::size_t at = m * w.rows + first;
     if (product.out_kind == FloatKind::kFloat32) {
-      __builtin_memcpy(static_cast<float*>(product.out) + at, values, rows * sizeof(float));
+      float* out = static_cast<float*>(product.out) + at;
+      if (rows == kTileRows) {
+        __builtin_memcpy(out, values, sizeof values);  // one store
+      } else {
+        for (std::size_t r = 0; r < rows; ++r) out[r] = values[r];
+      }
     } else {
       for (std::size_t r = 0; r < rows; ++r) {
         static_cast<std::uint16_t*>(product.out)[at + r] = narrowed(values[r], product.out_kind);

@@ -202,9 +202,8 @@ void multiply_dense(const DenseProduct& p) {
 // All kernels over packed weights, by the operations of one instruction set.
 template <class L>
 constexpr PackedKernels packed_kernels() {
-  return {L::kLargestBlock,  L::kSmallGroupBlock, kNoMatrix,        round_tokens,
-          multiply_tiles<L>, read_bytes<L>,       normalize,        rotate,
-          gate_by,           attend<L>,           multiply_dense<L>};
+  return {L::kLargestBlock, L::kOneOfSeveral, kNoMatrix, round_tokens, multiply_tiles<L>, read_bytes<L>,
+          normalize,        rotate,           gate_by,   attend<L>,    multiply_dense<L>};
 }
 
 }  // namespace

@@ -234,6 +234,8 @@ def test_zero_points_may_be_far_above_the_codes(table: str, bits: int) -> None:
         # More columns than are unpacked at a time.
         *((name, Case(20, 2240, 80)) for name in ("int4", "nf4", "uint8")),
         *((name, Case(70, 1088, 64, "integer")) for name in ("uint3", "uint8")),
+        # More than blocks of tokens that unpack codes for themselves take at a time.
+        ("int4", Case(33, 4160, 64)),
     ],
     ids=str,
 )
@@ -242,7 +244,7 @@ def test_a_row_does_not_depend_on_those_beside_it(table: str, name: str, case: C
     x = torch.randn(331, case.cols)
     for activations in ("exact", "int8"):
         whole = multiply(x, [weight], activations=activations)[0]  # type: ignore[arg-type]
-        for part in (slice(0, 1), slice(5, 8), slice(31, 33), slice(300, 331)):
+        for part in (slice(0, 1), slice(5, 8), slice(31, 33), slice(40, 64), slice(300, 331)):
             assert torch.equal(multiply(x[part], [weight], activations=activations)[0], whole[part])  # type: ignore[arg-type]
 
 
