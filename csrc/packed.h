@@ -148,7 +148,7 @@ struct PackedKernels {
 };
 
 // The block sizes there are: `tokens` are cut into blocks of the size that wastes least.
-constexpr std::size_t kBlockSizes[] = {1, 2, 3, 4, 6, 8, 12};
+constexpr std::size_t kBlockSizes[] = {1, 2, 3, 4, 6, 8};
 constexpr std::size_t kMatrixBlock = 16;
 constexpr std::size_t kNoMatrix = static_cast<std::size_t>(-1);
 

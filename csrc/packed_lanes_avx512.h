@@ -15,7 +15,7 @@ struct Lanes512 {
   static constexpr bool kHasPlanes = true;
   static constexpr int kRows = 16;
   static constexpr int kTiles = 2;
-  static constexpr int kLargestBlock = 12;
+  static constexpr int kLargestBlock = 8;
   // Totals stay in registers beside the sums of a group.
   static constexpr int kOneOfSeveral = 6;
 #if defined(__AVX512VNNI__)

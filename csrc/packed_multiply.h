@@ -174,14 +174,12 @@ void add_block(std::size_t size, const PackedWeights& w, const Strips<kStrips>& 
     default:
       break;
   }
-  if constexpr (L::kLargestBlock == 12) {
+  if constexpr (L::kLargestBlock == 8) {
     switch (size) {
       case 6:
         return add_bits<L, kStrips, 6, kPanel>(w, at, block, groups, result);
       case 8:
         return add_bits<L, kStrips, 8, kPanel>(w, at, block, groups, result);
-      case 12:
-        return add_bits<L, kStrips, 12, kPanel>(w, at, block, groups, result);
       default:
         break;
     }
