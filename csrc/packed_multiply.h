@@ -25,8 +25,9 @@ struct Strips {
 };
 
 // Codes are asked for so many bytes before they are read; scales, a tile before. Processors follow a stream by
-// themselves, but not from the end of one tile's codes to the next tile's, nor over the border of a page.
-constexpr std::size_t kAhead = 4096;
+// themselves, but not from the end of one tile's codes to the next tile's, nor over the border of a page. The second
+// cache waits for more lines at a time than the first can.
+constexpr std::size_t kAhead = 8192;
 
 template <class L, int kStrips>
 PENNYWEIGHT_INLINE void prefetch_group(const PackedWeights& w, const Strips<kStrips>& at) {
@@ -36,7 +37,7 @@ PENNYWEIGHT_INLINE void prefetch_group(const PackedWeights& w, const Strips<kStr
   for (int s = 0; s < kStrips; s += static_cast<int>(kTileRows) / L::kRows) {
     const std::uint8_t* soon = at.codes[s] + kAhead;
     if (soon >= at.ends[s]) soon += kTiles * w.tile_bytes - w.code_bytes;
-    for (std::size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 3);
+    for (std::size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 2);
     __builtin_prefetch(at.scales[s] + kTiles * w.tile_bytes, 0, 2);
   }
 }
