@@ -21,13 +21,11 @@ class Packed:
     def __init__(self, size: Size, *, bits: int, group: int, mode: Mode) -> None:
         self._made = rounded(size, bits=bits, group=group, scale=torch.bfloat16)
         codes, scales = size.of_rows(self._made.codes), size.of_rows(self._made.scales)
-        first = PackedMatrix.pack(codes, scales, element=Int(bits))
-        copies = [PackedMatrix(first.layout, first.storage.clone()) for _ in range(size.count - 1)]
-        self._matrices = [first, *copies]
+        self._matrices = [PackedMatrix.pack(codes, scales, element=Int(bits)) for _ in range(size.count)]
         self._size = size
         self.memory: Sequence[Tensor] = [bytes_of(matrix.storage) for matrix in self._matrices]
         shape = f"g{group}" if group < size.cols else "channel"
-        self.facts = Facts(f"int{bits}-{shape} {mode}", LIBRARY, bits, group, mode, first.storage.nbytes)
+        self.facts = Facts(f"int{bits}-{shape} {mode}", LIBRARY, bits, group, mode, self._matrices[0].storage.nbytes)
 
     def take(self, x: Tensor) -> None:
         self._x = x.bfloat16() if self.facts.mode == "bfloat16" else x

@@ -25,6 +25,7 @@ from pennyweight.kernels.layout import (
     planes_of,
     stored_bits,
 )  # fmt: skip
+from pennyweight.kernels.memory import room
 from pennyweight.kernels.native import kernel_table, native
 
 # "exact": products of decoded weights, added in float32. "int8": activations are rounded to 8 bits first.
@@ -87,7 +88,7 @@ class PackedMatrix:
             smallest=element.smallest if isinstance(element, Int) else 0.0,
             table_bits=0 if isinstance(element, Int) else 4 if element.bits <= 4 else 8, unit=unit,
         )  # fmt: skip
-        storage = torch.zeros(layout.size_bytes, dtype=torch.uint8)
+        storage = room(layout.size_bytes)
         storage[:HEADER_BYTES] = torch.frombuffer(bytearray(layout.header()), dtype=torch.uint8)
         matrix = PackedMatrix(layout, storage)
         if layout.table_bits:

@@ -117,10 +117,8 @@ class StreamedModel:
         self._embedding_rows = None
         return stream
 
-    def run(
-        self, batches: Sequence[Tensor], *, embedding: Callable[[Tensor], Tensor] | None = None,
-        tell: Callable[[int], None] = lambda done: None,
-    ) -> Stream:  # fmt: skip
+    def run(self, batches: Sequence[Tensor], *, embedding: Callable[[Tensor], Tensor] | None = None,
+            tell: Callable[[int], None] = lambda done: None) -> Stream:  # fmt: skip
         """`batches` as the last block hands them on; arguments as for `start`. `tell(done)` follows the blocks."""
         stream = self.start(batches, embedding=embedding)
         for index in range(len(self.blocks)):
