@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -8,6 +10,7 @@
 #include <cstdint>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace pennyweight {
 namespace {
@@ -29,8 +32,11 @@ inline void relax() {
 class Pool {
  public:
   void run(std::size_t threads, std::size_t count, Task task, void* context) {
-    for (; workers_ + 1 < threads; ++workers_) {
-      std::thread([this, number = workers_ + 1] { work(number); }).detach();
+    while (workers_.size() + 1 < threads) {
+      std::thread worker([this, number = workers_.size() + 1] { work(number); });
+      workers_.push_back(worker.native_handle());
+      worker.detach();
+      kept_off_ = -1;
     }
     task_ = task;
     context_ = context;
@@ -43,7 +49,10 @@ class Pool {
       const std::lock_guard<std::mutex> lock(sleep_);
       call_.store((call_.load(std::memory_order_relaxed) / kMostThreads + 1) * kMostThreads + threads - 1);
     }
-    if (sleepers_.load() != 0) wake_.notify_all();
+    if (sleepers_.load() != 0) {
+      keep_off_this_processor();
+      wake_.notify_all();
+    }
     take(0);
     // Nobody joins any more: whoever has not come by now, because others have its processor, is not waited for.
     const std::uint64_t joined = joined_.exchange(0) / kMostThreads;
@@ -56,6 +65,20 @@ class Pool {
   std::mutex owner;
 
  private:
+  // A system that takes the idle processors of a virtual machine for busy ones wakes a thread where its caller runs,
+  // and there it waits for milliseconds, until the caller's time is up.
+  void keep_off_this_processor() {
+#if defined(__linux__)
+    const int here = sched_getcpu();
+    cpu_set_t allowed;
+    if (here == kept_off_ || here < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    CPU_CLR(static_cast<std::size_t>(here), &allowed);
+    if (CPU_COUNT(&allowed) == 0) return;
+    for (const pthread_t worker : workers_) pthread_setaffinity_np(worker, sizeof allowed, &allowed);
+    kept_off_ = here;
+#endif
+  }
+
   void take(std::size_t thread) {
     for (std::size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) task_(context_, thread, i);
   }
@@ -95,7 +118,8 @@ class Pool {
     return call_.load();
   }
 
-  std::size_t workers_ = 0;
+  std::vector<pthread_t> workers_;
+  int kept_off_ = -1;
   Task task_ = nullptr;
   void* context_ = nullptr;
   std::size_t count_ = 0;

@@ -61,6 +61,20 @@ def test_several_callers_at_once() -> None:
             assert all(callers.map(call, range(3)))
 
 
+def test_sleepers_are_woken_on_another_processor_than_their_caller_is_on() -> None:
+    """In virtual machines they would wait there until the caller's time is up."""
+    if not hasattr(os, "sched_setaffinity") or len(whole := os.sched_getaffinity(0)) < 2:
+        pytest.skip("there are no two processors to choose from")
+    x, matrices = torch.randn(4, 192), weights()
+    with threads(2):
+        expected = multiply(x, matrices)
+        for _ in range(20):
+            time.sleep(0.005)
+            assert all(map(torch.equal, multiply(x, matrices), expected))
+    masks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    assert any(mask < whole and len(mask) == len(whole) - 1 for mask in masks)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_has_threads_of_its_own() -> None:
     x, matrices = torch.randn(5, 192), weights()
