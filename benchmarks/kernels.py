@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="OUTxIN")
     parser.add_argument("--bits", type=int, nargs="+", default=BITS)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="four times as many of few tokens")
     parser.add_argument("--quick", action="store_true", help="one shape, 4 bits, 1 and 128 tokens")
     parser.add_argument("--resume", action="store_true", help="keep what the file has of this commit")
     parser.add_argument("--out", type=Path, help="JSON to write, .md beside it")

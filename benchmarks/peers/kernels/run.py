@@ -35,6 +35,8 @@ ROTATION_BYTES = max(128 << 20, cache_bytes() or 0)
 MANY_TOKENS, FEW_WEIGHTS = 128, 2
 # Of outcomes to products with the decoded weights; what rounding activations to 8 bits as a whole may cost.
 LARGEST_ERROR = 0.02
+# Products of few tokens are over soon, and memory changes its speed between two of them: rounds times so many.
+_FEW_TIMES = 4
 _LONGEST_PAUSE, _NAP, _BUSY_SHARE = 0.5, 2e-3, 0.2
 
 
@@ -73,7 +75,7 @@ class Cell:
             some = [number for number in tokens if (number >= MANY_TOKENS) == is_many]
             contestants = list(self._contestants(is_many)) if some else []
             for number in some:
-                answers[number] = self._times(contestants, number, rounds)
+                answers[number] = self._times(contestants, number, rounds if is_many else _FEW_TIMES * rounds)
         return answers
 
     def _times(self, contestants: Sequence[tuple[Contestant, int]], tokens: int, rounds: int) -> list[dict[str, Any]]:

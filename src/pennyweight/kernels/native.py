@@ -39,7 +39,6 @@ def native() -> ModuleType | None:
     return _loaded(os.environ.get(VARIABLE) or "auto")
 
 
-# Asked before every product.
 @cache
 def _loaded(choice: str) -> ModuleType | None:
     if choice not in _CHOICES:
@@ -76,10 +75,22 @@ def _chosen(choice: str) -> str | None:
     return choice
 
 
+def library_and_table() -> tuple[ModuleType, str] | None:
+    """`native()` and `kernel_table()`, or None without the library: for products, which ask each time."""
+    return _both(os.environ.get(VARIABLE) or "auto")
+
+
+@cache
+def _both(choice: str) -> tuple[ModuleType, str] | None:
+    library, table = _loaded(choice), _chosen(choice)
+    return None if library is None or table is None else (library, table)
+
+
 def forget() -> None:
     """Look for the library again when it is next asked for."""
     _loaded.cache_clear()
     _chosen.cache_clear()
+    _both.cache_clear()
 
 
 def multiplies_bfloat16() -> bool:

@@ -26,7 +26,7 @@ from pennyweight.kernels.layout import (
     stored_bits,
 )  # fmt: skip
 from pennyweight.kernels.memory import room
-from pennyweight.kernels.native import kernel_table, native
+from pennyweight.kernels.native import library_and_table, native
 
 # "exact": products of decoded weights, added in float32. "int8": activations are rounded to 8 bits first.
 Activations = Literal["exact", "int8"]
@@ -198,24 +198,27 @@ def multiply(
     if activations not in ("exact", "int8"):
         raise UsageError(f"activations={activations!r}: give 'exact' or 'int8'")
     added = [None] * len(matrices) if biases is None else list(biases)
+    cols = x.shape[-1]
     for matrix, bias in zip(matrices, added, strict=True):
-        if x.shape[-1] != matrix.shape[1] or (bias is not None and tuple(bias.shape) != (matrix.shape[0],)):
+        if cols != matrix.layout.cols or (bias is not None and tuple(bias.shape) != (matrix.layout.rows,)):
             shapes = f"{tuple(x.shape)} and {None if bias is None else tuple(bias.shape)}"
             raise ShapeError(f"weights {matrix.shape} do not multiply an input and a bias of {shapes}")
     if x.dtype not in _NATIVE_INPUTS:
         raise UsageError(f"packed weights cannot multiply {x.dtype}: give float32, bfloat16 or float16")
-    library = native()
-    if library is None or x.device.type != "cpu":
+    in_use = library_and_table()
+    if in_use is None or not x.is_cpu:
         return [_plain_product(x, matrix, bias, activations) for matrix, bias in zip(matrices, added, strict=True)]
-    rows = x.reshape(-1, x.shape[-1]).contiguous() if x.numel() else x.new_empty(0, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, cols) if x.numel() else x.new_empty(0, cols)
+    rows = rows.contiguous()
     if rows.data_ptr() % rows.element_size():
         rows = rows.clone()
     outs = [x.new_empty(len(rows), matrix.layout.rows) for matrix in matrices]
     floats = [None if bias is None else bias.to(torch.float32).contiguous() for bias in added]
+    library, table = in_use
     library.packed_multiply(
-        rows.data_ptr(), len(rows), rows.shape[1], [matrix.native for matrix in matrices],
+        rows.data_ptr(), len(rows), cols, [matrix.native for matrix in matrices],
         [0 if bias is None else bias.data_ptr() for bias in floats], [out.data_ptr() for out in outs],
-        _NATIVE_INPUTS[x.dtype], activations == "exact", allowed_threads(), kernel_table(),
+        _NATIVE_INPUTS[x.dtype], activations == "exact", allowed_threads(), table,
     )  # fmt: skip
     return outs if x.ndim == 2 else [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
 
