@@ -14,7 +14,15 @@ import transformers
 from torch import Tensor
 
 from pennyweight.core.errors import DataError, ModelError
-from pennyweight.evaluate.compare import Evaluation, evaluate, mean_and_error, score_embeddings, score_logits
+from pennyweight.evaluate.compare import (
+    Evaluation,
+    Reference,
+    evaluate,
+    mean_and_error,
+    score_embeddings,
+    score_logits,
+)
+from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.run import quantize
 from tests.pipeline import tiny
 
@@ -96,6 +104,29 @@ def test_how_many_logits_are_held_at_once_changes_nothing(
     monkeypatch.setattr("pennyweight.evaluate.compare._LOGITS_BYTES", 1)
     monkeypatch.setattr("pennyweight.models.text._BATCH_TOKENS", 2 * LENGTH)
     assert run().perplexity == pytest.approx(whole.perplexity, rel=FLOAT32)
+
+
+def test_the_original_is_run_once_for_all_that_are_compared_with_it(
+    original: Path, artefact: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.run(original, tmp_path / "other", replace(tiny.OPTIONS, scheme="int2-g16"))
+    artefacts, windows = (artefact, tmp_path / "other"), _windows(original, text)
+    alone = [Reference(StreamedModel(original), windows).compare(StreamedModel(one)) for one in artefacts]
+    model, seen = StreamedModel(original), []
+    reference = Reference(model, windows)
+    monkeypatch.setattr(
+        model, "run", lambda *args, **kwargs: seen.append(1) or StreamedModel.run(model, *args, **kwargs)
+    )
+    calls: list[list[tuple[int, int]]] = [[], []]
+    together = [
+        reference.compare(StreamedModel(one), tell=lambda done, total, call=call: call.append((done, total)))
+        for one, call in zip(artefacts, calls, strict=True)
+    ]
+    assert together == alone
+    assert len(seen) == 1
+    blocks = len(model.blocks)
+    assert calls[0] == [(done, 2 * blocks) for done in range(1, 2 * blocks + 1)]
+    assert calls[1] == [(done, blocks) for done in range(1, blocks + 1)]
 
 
 def test_sizes_are_those_of_the_disk_and_of_the_run(original: Path, text: str, tmp_path: Path) -> None:
