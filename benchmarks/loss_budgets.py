@@ -164,20 +164,21 @@ def judged_plans(text: Text, tokens: Sequence[int], work: Path) -> list[Judged]:
         return plan
 
     few = windows[: _LOOK // _LENGTH]
-    looked, kept = _Kept.of(text.path, few), _Kept.of(text.path, windows)
+    looked = _Kept.of(text.path, few)
     within = [index for index, point in enumerate(points) if _LEAST * least <= point.cost <= _MOST * most]
     coarse = sorted({*within[::_STRIDE], within[-1]})
     original = Reference(draft.streamed, few)
     looks = [judged(index, looked, original) for index in coarse]
     far = math.sqrt(_LOOK / min(tokens))
     near: list[int] = []
-    for (before, first), (after, last) in pairwise(zip(coarse, looks, strict=True)):
+    ends = [*zip(coarse, looks, strict=True), (coarse[-1] + 1, looks[-1])]
+    for (before, first), (after, last) in pairwise(ends):
         for index in range(before, after):
             share = (index - before) / (after - before)
             if any(_is_near(first, last, share, limit, far) for limit in limits):
                 near.append(index)
     note(f"  {len(near)} plans near the limits")
-    original = Reference(draft.streamed, windows)
+    original, kept = Reference(draft.streamed, windows), _Kept.of(text.path, windows)
     return [judged(index, kept, original) for index in near]
 
 

@@ -24,9 +24,9 @@ struct Strips {
   const std::uint8_t* ends[kStrips];  // of the codes of the tile; null for panels
 };
 
-// Codes are asked for so many bytes before they are read; scales, a tile before. Processors follow a stream by
-// themselves, but not from the end of one tile's codes to the next tile's, nor over the border of a page. The second
-// cache waits for more lines at a time than the first can.
+// Codes are asked for so many bytes before they are read, but a tile at most; scales, a tile before. Processors follow
+// a stream by themselves, but not from the end of one tile's codes to the next tile's, nor over the border of a page.
+// The second cache waits for more lines at a time than the first can.
 constexpr std::size_t kAhead = 8192;
 
 template <class L, int kStrips>
@@ -34,8 +34,9 @@ PENNYWEIGHT_INLINE void prefetch_group(const PackedWeights& w, const Strips<kStr
   if (at.ends[0] == nullptr) return;
   constexpr std::size_t kTiles = static_cast<std::size_t>(kStrips * L::kRows) / kTileRows;
   const std::size_t bytes = group_bytes(w);
+  const std::size_t ahead = kAhead < w.code_bytes ? kAhead : w.code_bytes;
   for (int s = 0; s < kStrips; s += static_cast<int>(kTileRows) / L::kRows) {
-    const std::uint8_t* soon = at.codes[s] + kAhead;
+    const std::uint8_t* soon = at.codes[s] + ahead;
     if (soon >= at.ends[s]) soon += kTiles * w.tile_bytes - w.code_bytes;
     for (std::size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 2);
     __builtin_prefetch(at.scales[s] + kTiles * w.tile_bytes, 0, 2);
@@ -261,7 +262,7 @@ void add_tiles(const PackedProduct& product, std::size_t tile, std::uint8_t* pan
         const TokensAt block{tokens.words + first * (w.group / 4), tokens.sums + first, product.starts + first,
                              tokens.scales + first};
         const Target result{sums + b * tokens.block * kTiles * kTileRows, kTiles * kTileRows, factor, plane == 0};
-        if (plane == 0 && blocks > 1) ahead.ask(b);
+        if (plane == 0 && (has_panel || blocks > 1)) ahead.ask(b);
         if constexpr (L::kHasPlanes) {
           if (!has_panel) {
             add_block<L, kStrips, false>(tokens.block, w, at, block, groups, result);

@@ -18,6 +18,7 @@ namespace {
 using Task = void (*)(void*, std::size_t, std::size_t);
 
 constexpr std::size_t kMostThreads = 256;
+constexpr std::size_t kFewWorkers = 8;
 // Between two products of one token lie some microseconds: whoever sleeps in between is woken too late.
 constexpr std::chrono::microseconds kSpinning{1000};
 
@@ -36,7 +37,6 @@ class Pool {
       std::thread worker([this, number = workers_.size() + 1] { work(number); });
       workers_.push_back(worker.native_handle());
       worker.detach();
-      kept_off_ = -1;
     }
     task_ = task;
     context_ = context;
@@ -50,7 +50,7 @@ class Pool {
       call_.store((call_.load(std::memory_order_relaxed) / kMostThreads + 1) * kMostThreads + threads - 1);
     }
     if (sleepers_.load() != 0) {
-      keep_off_this_processor();
+      keep_off_this_processor(threads);
       wake_.notify_all();
     }
     take(0);
@@ -66,16 +66,19 @@ class Pool {
 
  private:
   // A system that takes the idle processors of a virtual machine for busy ones wakes a thread where its caller runs,
-  // and there it waits for milliseconds, until the caller's time is up.
-  void keep_off_this_processor() {
-#if defined(__linux__)
+  // and there it waits for milliseconds, until the caller's time is up. Where there are many, that is rare and looking
+  // after each takes long.
+  void keep_off_this_processor(std::size_t threads) {
+#if defined(__linux__) && !defined(__ANDROID__)
+    cpu_set_t others;
     const int here = sched_getcpu();
-    cpu_set_t allowed;
-    if (here == kept_off_ || here < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-    CPU_CLR(static_cast<std::size_t>(here), &allowed);
-    if (CPU_COUNT(&allowed) == 0) return;
-    for (const pthread_t worker : workers_) pthread_setaffinity_np(worker, sizeof allowed, &allowed);
-    kept_off_ = here;
+    if (workers_.size() > kFewWorkers || here < 0 || sched_getaffinity(0, sizeof others, &others) != 0) return;
+    CPU_CLR(static_cast<std::size_t>(here), &others);
+    if (static_cast<std::size_t>(CPU_COUNT(&others)) + 1 < threads) return;
+    if (CPU_EQUAL(&others, &given_) && given_to_ == workers_.size()) return;
+    for (const pthread_t worker : workers_) pthread_setaffinity_np(worker, sizeof others, &others);
+    given_ = others;
+    given_to_ = workers_.size();
 #endif
   }
 
@@ -119,7 +122,10 @@ class Pool {
   }
 
   std::vector<pthread_t> workers_;
-  int kept_off_ = -1;
+#if defined(__linux__) && !defined(__ANDROID__)
+  cpu_set_t given_{};  // processors
+  std::size_t given_to_ = 0;
+#endif
   Task task_ = nullptr;
   void* context_ = nullptr;
   std::size_t count_ = 0;

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pennyweight.inference.mapped import MappedFile
 from pennyweight.kernels.memory import room
 
 _SMAPS = Path("/proc/self/smaps")
@@ -26,14 +25,10 @@ def test_room_is_zeros_that_may_be_written(size: int) -> None:
     assert memory.clone().eq(255).all()
 
 
-def test_large_room_and_mapped_files_ask_for_huge_pages(tmp_path: Path) -> None:
+def test_large_room_asks_for_huge_pages() -> None:
     if not _SMAPS.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("this system says nothing of huge pages")
-    large = room(5_000_000)
-    assert "hg" in _flags(large)
-    (tmp_path / "weights").write_bytes(bytes(5_000_000))
-    mapped = MappedFile(tmp_path / "weights").tensor(begin=0, dtype=torch.uint8, shape=(5_000_000,))
-    assert "hg" in _flags(mapped)
+    assert "hg" in _flags(room(5_000_000))
 
 
 def _flags(tensor: Tensor) -> list[str]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pennyweight.core.errors import CheckpointError
-from pennyweight.kernels.memory import ask_for_huge_pages
 
 
 class MappedFile:
@@ -23,7 +22,6 @@ class MappedFile:
                 self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be mapped into memory: {error}") from error
-        ask_for_huge_pages(self._memory)
 
     def __len__(self) -> int:
         return len(self._memory)

@@ -17,12 +17,6 @@ def room(size: int) -> Tensor:
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    ask_for_huge_pages(memory)
+    with suppress(OSError):  # of systems built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def ask_for_huge_pages(memory: mmap.mmap) -> None:
-    """For pages of `memory` that were not touched yet."""
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # of systems built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
