@@ -36,7 +36,7 @@ _NOTES = """\
 - int8: activations are rounded to 8 bits by whoever multiplies, each time; float32 and bfloat16: they are not.
 - A peer counts where it does what ours does: at fewer than 128 tokens weights of the same width with groups as fine,
   from 128 on any int8 kernel of 4 bits, 8 bits or the width; in exact mode activations of the type or wider.
-- Ours lie in huge pages, as in a loaded model, and so what is read; peers' lie where the peer puts them.
+- Ours lie in huge pages where the system has them, and so what is read; peers' lie where the peer puts them.
 - bfloat16 weights stand below for comparison; no target is about them.
 """
 

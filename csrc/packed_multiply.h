@@ -29,6 +29,11 @@ struct Strips {
 // The second cache waits for more lines at a time than the first can.
 constexpr std::size_t kAhead = 8192;
 
+PENNYWEIGHT_INLINE void ask_for(const void* memory, std::size_t bytes) {
+  const std::uint8_t* at = static_cast<const std::uint8_t*>(memory);
+  for (std::size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+}
+
 template <class L, int kStrips>
 PENNYWEIGHT_INLINE void prefetch_group(const PackedWeights& w, const Strips<kStrips>& at) {
   if (at.ends[0] == nullptr) return;
@@ -38,7 +43,7 @@ PENNYWEIGHT_INLINE void prefetch_group(const PackedWeights& w, const Strips<kStr
   for (int s = 0; s < kStrips; s += static_cast<int>(kTileRows) / L::kRows) {
     const std::uint8_t* soon = at.codes[s] + ahead;
     if (soon >= at.ends[s]) soon += kTiles * w.tile_bytes - w.code_bytes;
-    for (std::size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 2);
+    ask_for(soon, bytes);
     __builtin_prefetch(at.scales[s] + kTiles * w.tile_bytes, 0, 2);
   }
 }

@@ -169,12 +169,6 @@ void attend(const Attention& a) {
   a.kind == FloatKind::kFloat32 ? attend_stored<L, float>(a) : attend_stored<L, std::uint16_t>(a);
 }
 
-// Memory that is read in order is asked for so long before.
-inline void ask_ahead(const void* at, std::size_t bytes) {
-  const char* soon = static_cast<const char*>(at) + kAhead;
-  for (std::size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(soon + byte, 0, 2);
-}
-
 // Up to kDenseTokens rows of x [tokens, cols] times rows [begin, end) of a weight in float32 or bfloat16.
 template <class L, typename Stored>
 void dense_rows(const DenseProduct& p) {
@@ -187,7 +181,7 @@ void dense_rows(const DenseProduct& p) {
       typename L::Floats sums[4] = {L::floats(0.0f), L::floats(0.0f), L::floats(0.0f), L::floats(0.0f)};
       std::size_t k = 0;
       for (; k + 4 * kRows <= p.cols; k += 4 * kRows) {
-        if (t == 0) ask_ahead(w + k, 4 * kRows * sizeof(Stored));
+        if (t == 0) ask_for(reinterpret_cast<const char*>(w + k) + kAhead, 4 * kRows * sizeof(Stored));
         PENNYWEIGHT_UNROLL for (std::size_t v = 0; v < 4; ++v) {
           sums[v] = L::add_product(sums[v], stored_floats<L>(w + k + v * kRows), L::load_floats(x + k + v * kRows));
         }

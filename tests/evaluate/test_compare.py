@@ -112,11 +112,15 @@ def test_the_original_is_run_once_for_all_that_are_compared_with_it(
     tiny.run(original, tmp_path / "other", replace(tiny.OPTIONS, scheme="int2-g16"))
     artefacts, windows = (artefact, tmp_path / "other"), _windows(original, text)
     alone = [Reference(StreamedModel(original), windows).compare(StreamedModel(one)) for one in artefacts]
-    model, seen = StreamedModel(original), []
+    model = StreamedModel(original)
+    seen: list[Any] = []
     reference = Reference(model, windows)
-    monkeypatch.setattr(
-        model, "run", lambda *args, **kwargs: seen.append(1) or StreamedModel.run(model, *args, **kwargs)
-    )
+
+    def run(batches: Any, **given: Any) -> Any:
+        seen.append(batches)
+        return StreamedModel.run(model, batches, **given)
+
+    monkeypatch.setattr(model, "run", run)
     calls: list[list[tuple[int, int]]] = [[], []]
     together = [
         reference.compare(StreamedModel(one), tell=lambda done, total, call=call: call.append((done, total)))

@@ -59,38 +59,32 @@ def _loaded(choice: str) -> ModuleType | None:
 def kernel_table() -> str | None:
     """The native kernels in use: those that PENNYWEIGHT_KERNELS names, else the best that the processor can run; None
     without the native library. Raises UsageError where the processor cannot run those that are named."""
+    in_use = library_and_table()
+    return None if in_use is None else in_use[1]
+
+
+def library_and_table() -> tuple[ModuleType, str] | None:
+    """`native()` and `kernel_table()` at once, or None without the library: for products, which ask each time."""
     return _chosen(os.environ.get(VARIABLE) or "auto")
 
 
 @cache
-def _chosen(choice: str) -> str | None:
+def _chosen(choice: str) -> tuple[ModuleType, str] | None:
     library = _loaded(choice)
     if library is None:
         return None
     there: list[str] = library.kernel_tables()
     if choice not in _TABLES:
-        return there[0]
+        return library, there[0]
     if choice not in there:
         raise UsageError(f"{VARIABLE}={choice}: this processor has {', '.join(there)}: name one of these, or auto")
-    return choice
-
-
-def library_and_table() -> tuple[ModuleType, str] | None:
-    """`native()` and `kernel_table()`, or None without the library: for products, which ask each time."""
-    return _both(os.environ.get(VARIABLE) or "auto")
-
-
-@cache
-def _both(choice: str) -> tuple[ModuleType, str] | None:
-    library, table = _loaded(choice), _chosen(choice)
-    return None if library is None or table is None else (library, table)
+    return library, choice
 
 
 def forget() -> None:
     """Look for the library again when it is next asked for."""
     _loaded.cache_clear()
     _chosen.cache_clear()
-    _both.cache_clear()
 
 
 def multiplies_bfloat16() -> bool:
