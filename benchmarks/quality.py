@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,14 @@ class Bench:
     work: Path
     scores: dict[tuple[str, str, Recipe], Score] = field(default_factory=dict)
 
-    def measure_subject(self, subject: Subject) -> list[Row]:
-        """The rows of one model, in the order of the table, with their verdicts."""
+    def measure_subject(self, subject: Subject) -> Iterator[list[Row]]:
+        """The rows of one model, width by width in the order of the table, with their verdicts."""
         tokens = calibration_tokens(subject, self.work)
         self.scores.clear()
-        rows: list[Row] = []
         for name in self.settings:
             for width in subject.widths.get(name, ()):
                 if self.widths is None or width in self.widths:
-                    rows += self._measure_width(subject, SETTINGS[name], width, tokens)
-        return rows
+                    yield self._measure_width(subject, SETTINGS[name], width, tokens)
 
     def _measure_width(self, subject: Subject, setting: Setting, width: str, tokens: Tokens) -> list[Row]:
         made: dict[Recipe, Row] = {}
@@ -97,7 +95,7 @@ class Bench:
             row.ratios = {
                 other.name: score.mean_and_error[0] / theirs.mean_and_error[0]
                 for other, theirs in scores.items()
-                if not other.is_ours
+                if not other.is_ours and not made[other].notes.get("left_in_float")
             }
             row.verdict = "; ".join(_verdicts(row, parse_scheme(width).element.bits))
 
@@ -160,12 +158,19 @@ class Results:
 
     skipped: dict[str, str]
     rows: list[Row] = field(default_factory=list)
-    sections: list[str] = field(default_factory=list)
+    sections: dict[str, str] = field(default_factory=dict)
     targets: list[Finding] = field(default_factory=list)
 
+    def save(self, facts: Mapping[str, Any], out: Path | None) -> None:
+        versions = {tool: peer.versions() for tool, peer in PEERS.items() if tool not in self.skipped}
+        notes = [f"- {name}: skipped: {reason}" for name, reason in self.skipped.items()]
+        parts = [heading("Quality", facts), summary(self.targets), *self.sections.values(), *legend(versions), *notes]
+        content = {**facts, "peers": versions, "skipped": self.skipped, "targets": self.targets, "rows": self.rows}
+        save("quality", content, "\n".join([*parts, ""]), out=out)
 
-def measure_all(arguments: argparse.Namespace, scratch: Path) -> Results:
-    """Measure every model that was asked for and is there."""
+
+def measure_all(arguments: argparse.Namespace, scratch: Path) -> Iterator[Results]:
+    """Measure every model that was asked for and is there; what has been found so far, after every width."""
     absent = _left_out(arguments.tools)
     results = Results(dict(absent))
     bench = Bench(arguments.settings, arguments.widths, absent, arguments.quick, scratch)
@@ -176,26 +181,24 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> Results:
             results.skipped[name] = subject
             note(f"  skipped: {subject}")
             continue
-        rows = bench.measure_subject(subject)
-        results.rows += rows
-        results.sections.append(as_markdown(subject, rows))
-        if name == TARGET_MODEL:
-            results.targets += findings(bench.scores)
-    return results
+        rows: list[Row] = []
+        for of_width in bench.measure_subject(subject):
+            rows += of_width
+            results.rows += of_width
+            results.sections[name] = as_markdown(subject, rows)
+            if name == TARGET_MODEL:
+                results.targets = findings(bench.scores)
+            yield results
+    yield results
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure, print, save: after every width, as the whole takes hours."""
     arguments = parse_arguments()
     facts: dict[str, Any] = circumstances("benchmarks.quality")
     with tempfile.TemporaryDirectory(dir=cache(), prefix="quality-") as scratch:
-        results = measure_all(arguments, Path(scratch))
-    versions = {tool: peer.versions() for tool, peer in PEERS.items() if tool not in results.skipped}
-    notes = [f"- {name}: skipped: {reason}" for name, reason in results.skipped.items()]
-    parts = [heading("Quality", facts), summary(results.targets), *results.sections, *legend(versions), *notes, ""]
-    content = {**facts, "peers": versions, "skipped": results.skipped}
-    content |= {"targets": results.targets, "rows": results.rows}
-    save("quality", content, "\n".join(parts), out=arguments.out)
+        for results in measure_all(arguments, Path(scratch)):
+            results.save(facts, arguments.out)
 
 
 if __name__ == "__main__":

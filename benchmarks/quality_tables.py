@@ -103,7 +103,7 @@ def legend(versions: Mapping[str, Mapping[str, str]]) -> list[str]:
         "- KL: mean over tokens of KL(original || quantized) in nats; ± se: standard error over windows "
         "(over sentences for 1 - cosine).",
         "- less nearest: mean of the paired differences ± its standard error.",
-        "- times the peers': this loss / that of each peer at the same width and setting.",
+        "- times the peers': this loss / that of each peer at the same width and setting, if it quantized all weights.",
         "- bits: of a quantized weight, scales and zero points included; embeddings and head keep their own type.",
         "- s, MiB: the whole process from its start, imports included and verification left out; peak resident memory.",
     ]
