@@ -170,7 +170,7 @@ class Results:
 
 
 def measure_all(arguments: argparse.Namespace, scratch: Path) -> Iterator[Results]:
-    """Measure every model that was asked for and is there; what has been found so far, after every width."""
+    """Measure every model that was asked for and is there; what has been found so far, after every width and skip."""
     absent = _left_out(arguments.tools)
     results = Results(dict(absent))
     bench = Bench(arguments.settings, arguments.widths, absent, arguments.quick, scratch)
@@ -180,16 +180,14 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> Iterator[Result
         if isinstance(subject, str):
             results.skipped[name] = subject
             note(f"  skipped: {subject}")
+            yield results
             continue
-        rows: list[Row] = []
-        for of_width in bench.measure_subject(subject):
-            rows += of_width
-            results.rows += of_width
-            results.sections[name] = as_markdown(subject, rows)
+        for rows in bench.measure_subject(subject):
+            results.rows += rows
+            results.sections[name] = as_markdown(subject, [row for row in results.rows if row.model == subject.name])
             if name == TARGET_MODEL:
                 results.targets = findings(bench.scores)
             yield results
-    yield results
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ from pennyweight.models.weight_map import WeightMap
 
 
 def find_embedding(model: nn.Module, weights: WeightMap) -> Site | None:
-    """The table of tokens as a site before the first block; None where it is not one tensor of the checkpoint."""
+    """The table of tokens as a site before the first block; None where the model has none or it is not one tensor of
+    the checkpoint."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except NotImplementedError:
+        # What transformers raises for a model without a table: of sounds or pictures.
         return None
     if not isinstance(table, nn.Embedding):
         return None
