@@ -45,12 +45,13 @@ class PeerRun:
 @dataclass(frozen=True)
 class Peer:
     """tool: its name, and that of its environment. package: of its runner. depends_on: what its results depend on.
-    program: module of the runner."""
+    program: module of the runner. takes_lengths: whether windows may be of several lengths."""
 
     tool: str
     package: str
     depends_on: tuple[str, ...]
     program: str = "run"
+    takes_lengths: bool = True
 
     @property
     def python(self) -> Path:
@@ -128,8 +129,8 @@ def said(done: Measured) -> dict[str, Any]:
 LLM_COMPRESSOR = Peer(
     "llm-compressor", "llm_compressor", ("llmcompressor", "compressed-tensors", "transformers", "torch")
 )
-AUTO_ROUND = Peer("auto-round", "auto_round", ("auto-round", "transformers", "torch"))
+AUTO_ROUND = Peer("auto-round", "auto_round", ("auto-round", "transformers", "torch"), takes_lengths=False)
 # Its plans, which have average bits in place of a scheme; no tool of the quality table.
-AUTO_SCHEME = Peer("auto-round", "auto_round", AUTO_ROUND.depends_on, program="scheme")
+AUTO_SCHEME = Peer("auto-round", "auto_round", AUTO_ROUND.depends_on, program="scheme", takes_lengths=False)
 HQQ = Peer("hqq", "hqq", ("hqq", "transformers", "torch"))
 PEERS = {peer.tool: peer for peer in (LLM_COMPRESSOR, AUTO_ROUND, HQQ)}

@@ -77,7 +77,9 @@ class Bench:
                 continue
             if recipe.tool == AUTO_ROUND.tool and self.is_quick:
                 scheme = setting.scheme(width, recipe)
-                if not AUTO_ROUND.is_kept(subject.path, scheme=scheme, solver=recipe.name, tokens=tokens.path):
+                if not AUTO_ROUND.is_kept(
+                    subject.path, scheme=scheme, solver=recipe.name, tokens=tokens.of(AUTO_ROUND)
+                ):
                     note(f"  {setting.name} {width} {recipe}: left out by --quick, as no result of it is kept")
                     continue
             yield recipe

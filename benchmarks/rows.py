@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks.judges import Score
-from benchmarks.peer_tools import PEERS
+from benchmarks.peer_tools import PEERS, Peer
 from benchmarks.processes import CommandError, measure
 from benchmarks.recipes import OURS, Recipe, Setting
 from benchmarks.results_file import project_environment
 from benchmarks.subjects import Subject
 from pennyweight.models import text
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.windows import windows_of
 
 
 @dataclass
@@ -55,22 +59,40 @@ class Row:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The calibration windows that our pipeline draws, in a file for the peers, and their hash."""
+    """Files of calibration windows for the peers.
+
+    path    the windows that our pipeline draws, and `sha256`, their hash
+    even    as much of the same text in windows of one length, the mean of ours, for peers that take no others
+    """
 
     path: Path
     sha256: str
+    even: Path
+
+    def of(self, peer: Peer) -> Path:
+        return self.path if peer.takes_lengths else self.even
 
 
 def calibration_tokens(subject: Subject, work: Path) -> Tokens:
     """Write the windows of `subject` into `work`."""
+    model = StreamedModel(subject.path)
+    windows = windows_of(model, subject.calibration, length=subject.length, count=subject.samples)
+    even = work / f"{subject.name}-tokens.safetensors"
+    if model.is_decoder:
+        _save(even, windows, {"input_ids": torch.stack(windows)})
+        return Tokens(even, text.digest(windows), even)
     tokenizer = text.load_tokenizer(subject.path)
-    length = min(subject.length, text.context_length(StreamedModel(subject.path).config) or subject.length)
-    documents = text.documents(subject.calibration, tokenizer)
-    windows = text.windows(documents, tokenizer, length=length, count=subject.samples, seed=0)
-    path = work / f"{subject.name}-tokens.safetensors"
-    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    save_file({"input_ids": windows.contiguous()}, path, metadata={"sha256": digest})
-    return Tokens(path, digest)
+    documents, lengths = text.documents(subject.calibration, tokenizer), [len(window) for window in windows]
+    length = round(mean(lengths))
+    cut = text.windows(documents, tokenizer, length=length, count=sum(lengths) // length, seed=0)
+    _save(even, cut, {"input_ids": cut})
+    path = work / f"{subject.name}-texts.safetensors"
+    _save(path, windows, {"input_ids": torch.cat(windows), "lengths": torch.tensor(lengths)})
+    return Tokens(path, text.digest(windows), even)
+
+
+def _save(path: Path, windows: Iterable[Tensor], tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"sha256": text.digest(windows)})
 
 
 def make_row(
@@ -114,8 +136,9 @@ def _check_windows(out: Path, subject: Subject, given: Tokens) -> None:
 
 
 def _peers(row: Row, subject: Subject, recipe: Recipe, *, work: Path, tokens: Tokens, is_dense: bool) -> Score | None:
-    given = tokens.path if recipe.needs_data else None
-    done = PEERS[recipe.tool].quantized(subject.path, scheme=row.scheme, solver=recipe.name, tokens=given)
+    peer = PEERS[recipe.tool]
+    given = tokens.of(peer) if recipe.needs_data else None
+    done = peer.quantized(subject.path, scheme=row.scheme, solver=recipe.name, tokens=given)
     row.notes = {name: value for name, value in done.said.items() if name != "refused"}
     row.refused = done.said.get("refused")
     if row.refused is not None:

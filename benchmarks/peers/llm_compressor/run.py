@@ -64,7 +64,8 @@ def calibration_loader(tokens: Path) -> DataLoader[dict[str, Any]]:
     from safetensors.torch import load_file
     from torch.utils.data import DataLoader
 
-    windows = load_file(tokens)["input_ids"]
+    held = load_file(tokens)
+    windows = held["input_ids"].split(held["lengths"].tolist()) if "lengths" in held else held["input_ids"]
     samples = [{"input_ids": window, "attention_mask": window.new_ones(window.shape)} for window in windows]
     return DataLoader(cast("Dataset[dict[str, Any]]", samples), batch_size=1)
 

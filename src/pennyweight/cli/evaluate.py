@@ -75,12 +75,13 @@ def _print(found: Evaluation | None, on_task: TaskEvaluation | None) -> None:
 
 
 def _print_text(found: Evaluation) -> None:
-    print(f"{found.tokens} tokens in {found.windows} windows of {found.context}, stride {found.stride}")
     if found.kl_mean is not None:
+        print(f"{found.tokens} tokens in {found.windows} windows of {found.context}, stride {found.stride}")
         print(f"  perplexity      {found.perplexity:.4g}, original {found.reference_perplexity:.4g}")
         print(f"  KL to original  {found.kl_mean:.4g} nats a token, standard error {found.kl_stderr:.2g}")
         print(f"  same top token  {100 * (found.top1_agreement or 0):.2f} %")
     else:
+        print(f"{found.tokens} tokens in {found.windows} texts of at most {found.context}")
         print(f"  cosine of embeddings  {found.cosine_mean:.6f}, standard error {found.cosine_stderr:.2g}")
 
 

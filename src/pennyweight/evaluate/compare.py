@@ -19,6 +19,7 @@ from pennyweight.models.stream import Stream
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.costs.cache import DIRECTORY
 from pennyweight.pipeline.sizes import tensor_bytes, weight_count
+from pennyweight.pipeline.windows import windows_of
 
 # Rows of logits that are compared at once: bounds the memory of the float32 copies.
 _ROWS = 256
@@ -64,6 +65,7 @@ class Evaluation:
     """What was lost, on which text. All against the original, over the same tokens; standard errors are over windows.
 
     perplexity, reference_perplexity   exp of the mean nats a token, windows of `context` tokens, stride = context
+    windows, context                   windows of a decoder, and tokens of each; of an encoder texts, and of the longest
     kl_mean, kl_stderr                 mean over tokens of KL(original || this) in nats, float32, whole vocabulary
     top1_agreement                     share of tokens whose most likely token is the same in both
     cosine_mean, cosine_stderr         of an encoder: cosine of mean-pooled embeddings
@@ -98,7 +100,8 @@ def evaluate(
     trust_remote_code: bool = False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Compare the model in `artefact` with the original `against` on the text `source`, in windows of `length` tokens.
+    """Compare the model in `artefact` with the original `against` on the text `source`, in windows of `length` tokens;
+    encoders text by text.
 
     Both are run block by block in float32, so neither has to fit in memory. `tell(done, total)` follows the blocks.
     Raises ModelError where the two do not belong together.
@@ -114,22 +117,19 @@ def evaluate(
 
 def evaluation_windows(
     model: StreamedModel, source: str, *, length: int, samples: int | None, trust_remote_code: bool = False
-) -> Tensor:
-    """Windows of the text, int64 [windows, length]; the first `samples` of them, all when None."""
-    tokenizer = text.load_tokenizer(model.path, trust_remote_code=trust_remote_code)
-    length = min(length, text.context_length(model.config) or length)
-    windows = text.windows(text.documents(source, tokenizer), tokenizer, length=length)
-    text.check_vocabulary(windows, model.config, [str(model.path)])
+) -> list[Tensor]:
+    """Windows of the text, int64 [tokens]; the first `samples` of them, all when None."""
+    windows = windows_of(model, source, length=length, trust_remote_code=trust_remote_code)
     if samples is not None and samples < 1:
         raise DataError(f"{samples} windows cannot be evaluated: give at least 1")
     return windows[:samples]
 
 
 class Reference:
-    """The original on `windows` of token ids [windows, tokens]. It is run once, with the first that is compared with
-    it, and what its blocks made of the windows is held: 4 x width bytes a token."""
+    """The original on `windows` of token ids [tokens]. It is run once, with the first that is compared with it, and
+    what its blocks made of the windows is held: 4 x width bytes a token."""
 
-    def __init__(self, model: StreamedModel, windows: Tensor) -> None:
+    def __init__(self, model: StreamedModel, windows: Sequence[Tensor]) -> None:
         self.model = model
         self.windows = windows
         self._batches = text.batches(windows)
@@ -138,8 +138,8 @@ class Reference:
     def compare(
         self, candidate: StreamedModel, *, tell: Callable[[int, int], None] = lambda done, total: None
     ) -> list[WindowScores]:
-        """Scores of every window, in order; they do not depend on the number of threads. `tell(done, total)` follows
-        the blocks. Raises ModelError where the one cannot have been made from the other."""
+        """Scores of every window, in the order of `text.batches`; they do not depend on the number of threads.
+        `tell(done, total)` follows the blocks. Raises ModelError where the one cannot have been made from the other."""
         check_pair(candidate, self.model)
         blocks = len(self.model.blocks)
         before = blocks if self._stream is None else 0
@@ -157,7 +157,7 @@ class Reference:
                 pairs = zip(ours(batch), theirs(batch), batches[batch].to(self.model.device), strict=True)
                 return [score(this, that, ids) for this, that, ids in pairs]
 
-            together = max(1, _LOGITS_BYTES // _logits_bytes(self.model, batches[0]))
+            together = max(1, _LOGITS_BYTES // max(_logits_bytes(self.model, batch) for batch in batches))
             rounds = [parallel_map(one, range(len(batches))[part]) for part in chunks(len(batches), together)]
             return [window for scores in rounds for batch in scores for window in batch]
 
@@ -215,9 +215,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _summary(
-    scores: Sequence[WindowScores], candidate: StreamedModel, reference: StreamedModel, windows: Tensor
+    scores: Sequence[WindowScores], candidate: StreamedModel, reference: StreamedModel, windows: Sequence[Tensor]
 ) -> Evaluation:
     tokens = sum(score.tokens for score in scores)
+    context = max(map(len, windows))
     is_decoder = reference.is_decoder
     kl, kl_error = mean_and_error([score.kl / score.tokens for score in scores])
     cosine, cosine_error = mean_and_error([score.cosine for score in scores])
@@ -231,8 +232,8 @@ def _summary(
         cosine_stderr=None if is_decoder else cosine_error,
         tokens=tokens,
         windows=len(scores),
-        context=windows.shape[1],
-        stride=windows.shape[1],
+        context=context,
+        stride=context,
         **asdict(Sizes.of(candidate, reference)),
     )
 

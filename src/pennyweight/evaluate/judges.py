@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from pennyweight.core.errors import DataError, ModelError
@@ -19,6 +18,7 @@ from pennyweight.evaluate.tasks.base import Outcome
 from pennyweight.evaluate.tasks.exam import Exam
 from pennyweight.evaluate.tasks.file import read_task
 from pennyweight.evaluate.trials import Measured
+from pennyweight.models import text
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.job import Draft
 from pennyweight.pipeline.windows import every_window
@@ -67,17 +67,17 @@ def judge_of(draft: Draft, budget: Budget) -> Judge:
     return TextJudge(Reference(draft.streamed, unseen_windows(draft)), budget)
 
 
-def unseen_windows(draft: Draft) -> Tensor:
+def unseen_windows(draft: Draft) -> list[Tensor]:
     """Windows of the calibration text that the run is not calibrated on."""
     windows = every_window(draft.streamed, draft.options)
-    seen = set() if draft.windows is None else {tuple(window) for window in draft.windows.tolist()}
-    kept = [index for index, window in enumerate(windows.tolist()) if tuple(window) not in seen]
+    seen = {tuple(window.tolist()) for window in draft.windows or ()}
+    kept = [window for window in windows if tuple(window.tolist()) not in seen]
     if len(kept) < _LEAST_WINDOWS:
         raise DataError(
-            f"the calibration text has {len(windows)} windows of {windows.shape[1]} tokens, of which {len(kept)} are "
+            f"the calibration text has {len(windows)} windows of {len(windows[0])} tokens, of which {len(kept)} are "
             f"not calibrated on: a loss is judged on at least {_LEAST_WINDOWS}; give more text, or fewer --samples"
         )
-    return windows[torch.tensor(kept)]
+    return kept
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,16 @@ class TextJudge:
 
     @property
     def key(self) -> str:
-        about = f"{self.budget.kind} {tuple(self._windows.shape)} {ERRORS} ".encode()
-        return hashlib.sha256(about + self._windows.numpy().tobytes()).hexdigest()[:32]
+        about = f"{self.budget.kind} {len(self._windows)} {ERRORS} {text.digest(self._windows)}"
+        return hashlib.sha256(about.encode()).hexdigest()[:32]
 
     @property
     def about(self) -> Mapping[str, Any]:
-        return {"windows": self._windows.shape[0], "tokens": self._windows.numel()}
+        return {"windows": len(self._windows), "tokens": sum(map(len, self._windows))}
 
     @property
     def data(self) -> str:
-        return f"{self._windows.numel()} tokens"
+        return f"{sum(map(len, self._windows))} tokens"
 
     def measure(self, candidate: StreamedModel) -> Measured:
         return Measured(*bounded(self.original.compare(candidate), self.budget))
@@ -108,7 +108,7 @@ class TextJudge:
         return "more text"
 
     @property
-    def _windows(self) -> Tensor:
+    def _windows(self) -> Sequence[Tensor]:
         return self.original.windows
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +20,8 @@ from pennyweight.core.errors import DataError, ModelError
 BUILT_IN = "built-in"
 # Marks the end of a document in plain text files, as in TinyStories.
 _SEPARATOR = "<|endoftext|>"
+_SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+")
+_BLANK_LINE = re.compile(r"\n\s*\n")
 # Tokens of a batch: enough rows for an efficient product, few enough to leave one batch for each thread.
 _BATCH_TOKENS = 512
 
@@ -46,12 +51,15 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0] or type(error).__name__
 
 
-def documents(source: str, tokenizer: Any) -> list[str]:
+def documents(source: str, tokenizer: Any, *, paragraphs: bool = False) -> list[str]:
     """The documents of `source`: a text file, a .jsonl with `text` or `messages` (through the chat template), a
-    directory of such files (and .md), or "built-in". Raises DataError."""
+    directory of such files (and .md), or "built-in"; with `paragraphs` those of plain text, which are cut at blank
+    lines, or into lines where there is none of these, and every other one of the built-in text into its sentences.
+    Raises DataError."""
     if source == BUILT_IN:
         built_in = files("pennyweight.models").joinpath("calibration.txt").read_text(encoding="utf-8")
-        return built_in.split(_SEPARATOR)
+        found = _plain(built_in, paragraphs=paragraphs)
+        return _long_and_short(found) if paragraphs else found
     path = Path(source)
     if not path.exists():
         raise DataError(f"{source} does not exist: give a text file, a .jsonl file, a directory of them, or 'none'")
@@ -60,19 +68,33 @@ def documents(source: str, tokenizer: Any) -> list[str]:
         if path.is_dir()
         else [path]
     )
-    found = [document for part in parts for document in _file_documents(part, tokenizer) if document.strip()]
+    read = (document for part in parts for document in _file_documents(part, tokenizer, paragraphs=paragraphs))
+    found = [document for document in read if document.strip()]
     if not found:
         raise DataError(f"{source} holds no text: give a text file, or a .jsonl with `text` or `messages` in each line")
     return found
 
 
-def _file_documents(path: Path, tokenizer: Any) -> list[str]:
+def _plain(text: str, *, paragraphs: bool) -> list[str]:
+    found = text.split(_SEPARATOR)
+    if not paragraphs:
+        return found
+    cut = _BLANK_LINE if any(_BLANK_LINE.search(document.strip()) for document in found) else re.compile("\n")
+    return [part.strip() for document in found for part in cut.split(document) if part.strip()]
+
+
+def _long_and_short(paragraphs: Sequence[str]) -> list[str]:
+    """Every other paragraph sentence by sentence: encoders are asked about both."""
+    return [part for n, text in enumerate(paragraphs) for part in (_SENTENCE_END.split(text) if n % 2 else [text])]
+
+
+def _file_documents(path: Path, tokenizer: Any, *, paragraphs: bool) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): give plain text") from error
     if path.suffix not in (".jsonl", ".json"):
-        return text.split(_SEPARATOR)
+        return _plain(text, paragraphs=paragraphs)
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     return [_record(path, number, line, tokenizer) for number, line in lines]
 
@@ -148,9 +170,57 @@ def windows(
     return torch.cat([before, table, after], dim=1)
 
 
-def batches(token_windows: Tensor) -> list[Tensor]:
-    """Windows [n, length] in batches of about five hundred tokens; the cut depends on nothing but the length."""
-    return list(torch.split(token_windows, max(1, _BATCH_TOKENS // token_windows.shape[1])))
+def passages(
+    texts: Iterable[str], tokenizer: Any, *, length: int, most: int | None = None, seed: int | None = None
+) -> list[Tensor]:
+    """Each of `texts` by itself, as an encoder gets it: token ids int64 [tokens] with its special tokens, those of more
+    than `length` tokens in several pieces.
+
+    They are drawn without replacement, in the order of the text, for as long as the next one leaves no more than
+    `most` tokens in all (`seed`); all when None. Raises DataError where there is none.
+    """
+    special = special_tokens(tokenizer)
+    body = length - len(special.before) - len(special.after)
+    if body < 2:
+        raise DataError(f"windows of {length} tokens leave no room for text: give at least {length - body + 2}")
+    found: list[Tensor] = []
+    for text in texts:
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        pieces = (ids[start : start + body] for start in range(0, len(ids), body))
+        found += [torch.tensor([*special.before, *piece, *special.after]) for piece in pieces]
+    if not found:
+        raise DataError("the text has no tokens: give more text")
+    if most is None or most >= sum(map(len, found)):
+        return found
+    generator = torch.Generator().manual_seed(seed or 0)
+    kept: list[int] = []
+    for index in torch.randperm(len(found), generator=generator).tolist():
+        most -= len(found[index])
+        if most < 0 and kept:
+            break
+        kept.append(index)
+    return [found[index] for index in sorted(kept)]
+
+
+def batches(token_windows: Iterable[Tensor]) -> list[Tensor]:
+    """Windows [tokens] in batches [windows, tokens] of about five hundred tokens: those of equal length together, from
+    short to long, so that nothing is padded. The cut depends on nothing but the lengths."""
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for window in token_windows:
+        by_length[len(window)].append(window)
+    return [
+        batch
+        for length, windows in sorted(by_length.items())
+        for batch in torch.split(torch.stack(windows), max(1, _BATCH_TOKENS // length))
+    ]
+
+
+def digest(token_windows: Iterable[Tensor]) -> str:
+    """The hash of their ids."""
+    ids = hashlib.sha256()
+    for window in token_windows:
+        ids.update(window.contiguous().numpy().tobytes())
+    return ids.hexdigest()
 
 
 def context_length(config: Any) -> int | None:
@@ -160,11 +230,12 @@ def context_length(config: Any) -> int | None:
     return int(limit) if limit else None
 
 
-def check_vocabulary(token_windows: Tensor, config: Any, names: Sequence[str] = ("tokenizer",)) -> None:
+def check_vocabulary(token_windows: Iterable[Tensor], config: Any, names: Sequence[str] = ("tokenizer",)) -> None:
     """Raises DataError where a token id lies outside the model's vocabulary."""
     size = getattr(config.get_text_config(), "vocab_size", None)
-    if size is not None and int(token_windows.max()) >= size:
+    largest = max(int(window.max()) for window in token_windows)
+    if size is not None and largest >= size:
         raise DataError(
-            f"{names[0]}: token id {int(token_windows.max())} is outside the model's vocabulary of {size}: "
+            f"{names[0]}: token id {largest} is outside the model's vocabulary of {size}: "
             "the tokenizer and the model do not belong together"
         )

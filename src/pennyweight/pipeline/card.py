@@ -53,7 +53,9 @@ def _data(recipe: Recipe) -> str:
     data = recipe.calibration
     if recipe.importance is not None:
         return f"importances of `{recipe.importance}`"
-    return "no calibration data" if data is None else f"{data.samples} windows of {data.length} tokens"
+    if data is None:
+        return "no calibration data"
+    return f"{data.samples} windows of {'at most ' if data.varies else ''}{data.length} tokens"
 
 
 def _front_matter(card: str) -> tuple[list[str], str]:

@@ -83,6 +83,7 @@ def _made(model: str, out: Path, options: Options, scratch: Path, *, legacy: boo
     container = container.bound(facts_of(source))
     windows = calibration_windows(opened, options)
     assert windows is not None
+    tokens = max(map(len, windows))
     squares = mean_squares(opened, text.batches(windows), tell=tell)
     stacks: dict[str, dict[int, Square]] = {}
     counts: dict[str, int] = {}
@@ -96,11 +97,9 @@ def _made(model: str, out: Path, options: Options, scratch: Path, *, legacy: boo
         every = [rows.get(index, Square.zero(len(rows[min(rows)].total))) for index in range(counts[name])]
         values = torch.stack([one.mean if one.rows else torch.ones(len(one.total)) for one in every])
         entries[name] = Importance(values.cpu(), torch.tensor([one.rows for one in every]))
-    write_imatrix(
-        out, entries, dataset=_named(options), chunk_size=windows.shape[1], chunk_count=len(windows), legacy=legacy
-    )
+    write_imatrix(out, entries, dataset=_named(options), chunk_size=tokens, chunk_count=len(windows), legacy=legacy)
     unseen = [name for name, square in squares.items() if not square.rows]
-    return ImatrixReport(str(out), len(entries), len(windows), windows.shape[1], unseen)
+    return ImatrixReport(str(out), len(entries), len(windows), tokens, unseen)
 
 
 def _named(options: Options) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from pennyweight.containers.base import Container, ModelFacts
 from pennyweight.containers.weight_files import WeightFiles
 from pennyweight.core.errors import ContainerError, UsageError
+from pennyweight.models import text
 from pennyweight.models.base import Site, StoredModel, TensorInfo
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.chain import Chain
@@ -32,7 +32,7 @@ class Draft:
 
     model_name   what the result's model card calls the original
     inputs       hashes of the model's files
-    windows      calibration token ids [windows, length], None for a data-free run
+    windows      token ids [tokens] of the windows of calibration, None for a data-free run
     known        what an importance matrix says, by site
     notes        what the user must know of the way that was taken
     """
@@ -42,7 +42,7 @@ class Draft:
     container: Container
     facts: ModelFacts
     inputs: Mapping[str, str]
-    windows: Tensor | None
+    windows: Sequence[Tensor] | None
     options: Options
     known: Mapping[str, SiteStatistics] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -102,10 +102,14 @@ class Draft:
         options, calibration = self.options, None
         if self.windows is not None:
             source = options.calibration_source
-            count, length = self.windows.shape
-            digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+            lengths = [len(window) for window in self.windows]
             calibration = CalibrationRecipe(
-                source if isinstance(source, str) else "texts", count, length, options.seed, digest
+                source if isinstance(source, str) else "texts",
+                samples=len(lengths),
+                length=max(lengths),
+                varies=len(set(lengths)) > 1,
+                seed=options.seed,
+                tokens_sha256=text.digest(self.windows),
             )
         steps = options.steps
         return Recipe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from pennyweight.core.registry import find
@@ -15,10 +16,11 @@ from pennyweight.pipeline.costs.cache import cached_costs
 from pennyweight.pipeline.costs.embedding import EmbeddingCost
 from pennyweight.pipeline.job import Draft
 from pennyweight.pipeline.planning import Measure
-from pennyweight.pipeline.windows import some_windows
+from pennyweight.pipeline.windows import longest, some_windows
 from pennyweight.plan.candidates import Candidates
 
-# Windows that costs are measured on: the ranking of sites hardly changes with more.
+# Windows of full length that costs are measured on, or as many tokens of shorter ones: the ranking of sites hardly
+# changes with more.
 _WINDOWS = 16
 
 
@@ -37,7 +39,9 @@ class Measuring:
     def __call__(self, groups: Sequence[Candidates]) -> list[list[float]]:
         model = self.draft.streamed
         windows = some_windows(model, self.draft.options, self.draft.windows)
-        batches = text.batches(windows[:_WINDOWS])
+        most = _WINDOWS * longest(model, self.draft.options.length)
+        ends = accumulate(map(len, windows))
+        batches = text.batches(window for window, end in zip(windows, ends, strict=True) if end <= most)
         embedding = model.embedding
         first = [group for group in groups if embedding is not None and embedding.name in group.sites]
         rest = [group for group in groups if group not in first]

@@ -41,8 +41,8 @@ class Options:
     calibration   text file, .jsonl, directory, "built-in", "self" (the model writes it), "none", or texts;
                   None: built-in unless the solver that was asked for needs no data
     importance    file of an importance matrix of llama.cpp, in place of calibration
-    samples       windows at most
-    length        tokens a window; the model's own limit where that is less
+    samples       windows at most; an encoder gets texts by themselves, as many as these windows would hold
+    length        tokens a window, at most; the model's own limit where that is less
     seed          which windows are drawn, and the order in which training sees them
     device        torch device of the arithmetic
     """

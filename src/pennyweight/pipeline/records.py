@@ -9,11 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CalibrationRecipe:
-    """Where the calibration windows came from; `tokens_sha256` is the hash of their ids."""
+    """Where the calibration windows came from: `samples` of them, the longest of `length` tokens; whether lengths vary;
+    the hash of their ids."""
 
     source: str
     samples: int
     length: int
+    varies: bool
     seed: int
     tokens_sha256: str
 

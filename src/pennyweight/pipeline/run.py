@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -280,7 +280,7 @@ def _write_weights(job: Job, output: Output, directory: Path, journal: Journal, 
     return [*records, *solved]
 
 
-def _start(job: Job, output: Output, directory: Path, journal: Journal, windows: Tensor) -> Streams | None:
+def _start(job: Job, output: Output, directory: Path, journal: Journal, windows: Sequence[Tensor]) -> Streams | None:
     # What an interrupted run left there.
     shutil.rmtree(directory / _GRADIENTS, ignore_errors=True)
     model, chain = job.streamed, job.options.chain

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pennyweight.core.files import sync_directory
+from pennyweight.models import text
 from pennyweight.models.base import Site
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline.job import Job
@@ -59,7 +59,7 @@ class Recovery:
             _save(redo, _changed(job, output, recovered), _findings(recovered, windows))
         return _apply(redo, output)
 
-    def _recovered(self, job: Job, output: Output, scratch: Path, windows: Tensor) -> Recovered:
+    def _recovered(self, job: Job, output: Output, scratch: Path, windows: Sequence[Tensor]) -> Recovered:
         options = job.options
         original = StreamedModel(job.model.path, trust_remote_code=options.trust_remote_code, device=options.device)
         weights = {site.name: output.read(site) for site in _sites(job)}
@@ -106,10 +106,10 @@ def _differing(output: Output, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     return {name: tensor for name, tensor in found.items() if not torch.equal(tensor, output.files.read(name))}
 
 
-def _findings(recovered: Recovered, windows: Tensor) -> dict[str, Any]:
+def _findings(recovered: Recovered, windows: Sequence[Tensor]) -> dict[str, Any]:
     return {
-        "windows": windows.shape[0],
-        "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "windows": len(windows),
+        "tokens_sha256": text.digest(windows),
         "held_out_before": recovered.before,
         "held_out_after": recovered.after,
         "best_step": recovered.step,

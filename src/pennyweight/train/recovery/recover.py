@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def recover(
     model: StreamedModel,
     original: StreamedModel,
     weights: Mapping[str, QuantizedWeight],
-    windows: Tensor,
+    windows: Iterable[Tensor],
     directory: Path,
     *,
     settings: Settings = Settings(),
@@ -95,7 +95,7 @@ def recover(
     Chen et al., EfficientQAT, arXiv:2407.11062, section 3.3, with distillation in place of the labels. The result is
     the step that is best on held-out windows in exactly the stored values, the start included.
 
-    `model` is what runs with `weights` (by site name); `windows` [windows, tokens] of calibration text; the teacher's
+    `model` is what runs with `weights` (by site name); `windows` [tokens] of calibration text; the teacher's
     outputs are kept in files in `directory` meanwhile. Raises DataError for fewer than two batches of windows.
     """
     batches = text.batches(windows)
