@@ -124,7 +124,7 @@ def minilm(data: Path, work: Path) -> Subject | str:
             "data-free": ("int4-g64", "int3-g64"),
         },
         calibration=str(calibration),
-        calibrated_on="the sentences of STS-B dev",
+        calibrated_on="the sentences of STS-B dev, each by itself",
         judged_on="the sentences of STS-B test",
         samples=128,
         length=128,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -158,6 +161,83 @@ def test_batches_depend_on_nothing_but_the_length() -> None:
     cut = text.batches(whole)
     assert torch.equal(torch.cat(cut), whole)
     assert [len(part) for part in text.batches(torch.zeros(3, 5000))] == [1, 1, 1]
+
+
+def test_windows_of_equal_length_are_in_batches_together_without_padding() -> None:
+    windows = [torch.full((length,), number) for number, length in enumerate((7, 300, 7, 200, 300, 7, 2))]
+    found = [batch.tolist() for batch in text.batches(windows)]
+    assert found == [[[6] * 2], [[0] * 7, [2] * 7, [5] * 7], [[3] * 200], [[1] * 300], [[4] * 300]]
+
+
+def test_the_hash_of_windows_is_that_of_their_ids_one_after_the_other() -> None:
+    ids = torch.arange(24)
+    expected = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    assert text.digest(ids.reshape(4, 6)) == text.digest(ids.split([2, 9, 1, 12])) == expected
+    assert text.digest(ids.reshape(6, 4).T) != expected
+
+
+def test_every_passage_is_a_text_by_itself_with_its_special_tokens() -> None:
+    found = text.passages([words(3), "", words(9, start=3), words(1)], tokenizer("cls"), length=6)
+    ids = [10, 11, 12], [13, 14, 15, 16], [17, 18, 19, 20], [21], [10]
+    assert [window.tolist() for window in found] == [[CLS, *part, SEP] for part in ids]
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=20), most=st.integers(1, 300), seed=st.integers(0, 3))
+def test_passages_are_drawn_until_the_tokens_are_full(sizes: list[int], most: int, seed: int) -> None:
+    texts, marked = [words(size, start=number) for number, size in enumerate(sizes)], tokenizer("cls")
+    every = [window.tolist() for window in text.passages(texts, marked, length=12)]
+    found = [window.tolist() for window in text.passages(texts, marked, length=12, most=most, seed=seed)]
+    again = text.passages(texts, marked, length=12, most=most, seed=seed)
+    assert [window.tolist() for window in again] == found
+    in_order = iter(every)
+    assert all(window in in_order for window in found)
+    assert sum(map(len, found)) <= most or len(found) == 1
+    if sum(map(len, every)) <= most:
+        assert found == every
+    else:
+        # No text has more than 12 tokens.
+        assert sum(map(len, found)) > most - 12
+
+
+def test_another_seed_draws_other_passages() -> None:
+    texts = [words(5, start=number) for number in range(100)]
+    drawn = [text.digest(text.passages(texts, tokenizer(), length=9, most=60, seed=seed)) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_passages_without_text_or_room_are_refused() -> None:
+    with pytest.raises(DataError, match="the text has no tokens"):
+        text.passages(["", " "], tokenizer("cls"), length=8)
+    with pytest.raises(DataError, match="leave no room for text: give at least 4"):
+        text.passages(["a"], tokenizer("cls"), length=3)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("one\ntwo\n\n three\n \t\nfour\n\n\n", ["one\ntwo", "three", "four"]),
+        ("one\ntwo\n\n", ["one", "two"]),
+        ("one\n<|endoftext|>\ntwo\nthree\n", ["one", "two", "three"]),
+        ("one\ntwo\n\nthree<|endoftext|>four\nfive", ["one\ntwo", "three", "four\nfive"]),
+    ],
+)
+def test_plain_text_is_cut_into_paragraphs_or_else_lines(written: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(written)
+    assert text.documents(str(tmp_path / "t.txt"), tokenizer(), paragraphs=True) == expected
+
+
+def test_a_record_is_one_text_whatever_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "one\n\ntwo"}) + "\n")
+    assert text.documents(str(tmp_path / "t.jsonl"), tokenizer(), paragraphs=True) == ["one\n\ntwo"]
+
+
+def test_the_built_in_text_has_long_and_short_paragraphs_and_loses_none() -> None:
+    whole = " ".join(text.documents(text.BUILT_IN, tokenizer())).split()
+    found = text.documents(text.BUILT_IN, tokenizer(), paragraphs=True)
+    assert " ".join(found).split() == whole
+    sizes = [len(part.split()) for part in found]
+    assert sum(size <= 10 for size in sizes) > 0.5 * len(sizes)
+    assert sum(size for size in sizes if size > 40) > 0.3 * len(whole)
 
 
 def test_the_built_in_text_is_enough_and_keeps_clear_of_what_is_held_out() -> None:

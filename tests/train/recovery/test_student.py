@@ -77,6 +77,17 @@ def test_slopes_are_those_of_the_whole_model_in_float64(llama: Case, tmp_path: P
         assert (found - scaled).norm() < 1e-3 * scaled.norm(), name
 
 
+def test_a_token_counts_the_same_in_a_batch_of_any_length(llama: Case, tmp_path: Path) -> None:
+    short, long = llama.windows[:2, :5], llama.windows[2:5]
+    batches = [*text.batches(short), *text.batches(long)]
+    with one_thread_per_operation(), teaching(llama.model, batches, tmp_path, count=tiny.VOCABULARY) as teacher:
+        student = Student(llama.model, llama.weights("int2-g16-f32"), batches)
+        first, second = student.losses(teacher, [0, 1])
+        found = student.loss(teacher, [0, 1])
+    assert first != second
+    assert found == pytest.approx((first * short.numel() + second * long.numel()) / (short.numel() + long.numel()))
+
+
 @pytest.mark.parametrize("build", [tiny.gpt2, tiny.mixtral, tiny.opt, tiny.neox])
 def test_slopes_of_other_families_are_those_of_finite_differences(build: object, tmp_path: Path) -> None:
     """Along the slope itself; experts in one tensor, transposed weights, biases."""

@@ -175,8 +175,7 @@ class _Training:
         optimiser.step()
 
     def _held_out(self) -> float:
-        losses = self.student.losses(self.teacher, self.held)
-        return math.fsum(losses) / len(losses)
+        return self.student.loss(self.teacher, self.held)
 
     def _is_checked(self, number: int, steps: int) -> bool:
         """At evenly spaced steps and after the last."""

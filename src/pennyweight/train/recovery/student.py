@@ -76,6 +76,12 @@ class Student:
 
             return parallel_map(one, range(len(batches)))
 
+    def loss(self, teacher: Teacher, batches: Sequence[int]) -> float:
+        """The same, as the mean over the tokens of all of them."""
+        tokens = [self._stream.input_ids[batch].numel() for batch in batches]
+        losses = zip(self.losses(teacher, batches), tokens, strict=True)
+        return math.fsum(loss * count for loss, count in losses) / sum(tokens)
+
     def slopes(self, teacher: Teacher, batches: Sequence[int]) -> tuple[float, Slopes]:
         """The mean loss over the tokens of `batches`, and its slope for each master that it depends on.
 
