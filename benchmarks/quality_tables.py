@@ -110,8 +110,8 @@ def legend(versions: Mapping[str, Mapping[str, str]]) -> list[str]:
     if versions:
         lines.append(
             "- Peers: the same calibration tokens, their own defaults, judged by the same code. Their seconds are of "
-            "when they were run: results are kept. AutoRound takes windows of one length alone: where ours are texts by "
-            "themselves, its are of their mean length, cut from the same text."
+            "when they were run: results are kept. AutoRound takes windows of one length alone: where ours are texts "
+            "by themselves, its are of their mean length, cut from the same text."
         )
     for tool, numbers in versions.items():
         lines.append(f"- {tool}: {', '.join(f'{name} {number}' for name, number in numbers.items())}")
