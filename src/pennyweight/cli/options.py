@@ -22,7 +22,7 @@ Calibration = Annotated[
         "[default: built-in, none for a --solver that needs no data]"
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration windows at most; for an encoder as much in single texts.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows at most; of an encoder as much text.")]
 Length = Annotated[int, typer.Option(min=4, help="Tokens a window, at most.")]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
