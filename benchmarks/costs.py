@@ -23,6 +23,7 @@ from benchmarks.subjects import SUBJECTS, Subject
 from pennyweight.core.registry import find
 from pennyweight.models import text
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.pipeline.windows import windows_of
 from pennyweight.plan.candidates import Candidates
 from pennyweight.schemes import Scheme, parse_scheme
 from pennyweight.solvers.nearest import Nearest
@@ -59,10 +60,8 @@ class Ranked:
 def measure(subject: Subject, *, windows: int | None, work: Path) -> list[Ranked]:
     """All costs of one model."""
     model = StreamedModel(subject.path)
-    tokenizer = text.load_tokenizer(model.path)
-    documents = text.documents(subject.calibration, tokenizer)
     count = windows or _TOKENS // subject.length
-    batches = text.batches(text.windows(documents, tokenizer, length=subject.length, count=count, seed=0))
+    batches = text.batches(windows_of(model, subject.calibration, length=subject.length, count=count))
     schemes = [parse_scheme(name).with_scale_dtype(_scale_dtype(model)) for name in SCHEMES[subject.name]]
     groups = [Candidates((site.name,), tuple(schemes)) for site in model.sites]
     found: dict[str, tuple[float, list[list[float]]]] = {}

@@ -84,7 +84,7 @@ class Losses:
 class LlamaJudge:
     """KL(reference || file), both run by llama.cpp with a float32 cache."""
 
-    def __init__(self, reference: Path, windows: Tensor) -> None:
+    def __init__(self, reference: Path, windows: Sequence[Tensor]) -> None:
         self.windows = windows
         note("  logits of the reference")
         self._reference = list(self.logits(reference))
@@ -99,9 +99,9 @@ class LlamaJudge:
 
     def logits(self, file: Path) -> Iterator[Tensor]:
         """float32 [tokens, vocabulary] of each window, each read with nothing before it."""
-        with llama_cpp.opened(file, context=self.windows.shape[1]) as model:
-            for window in self.windows.split(1):
-                yield model.logits(window)[0]
+        with llama_cpp.opened(file, context=len(self.windows[0])) as model:
+            for window in self.windows:
+                yield model.logits(window[None])[0]
 
     def _losses(self, references: Sequence[Tensor] | Iterator[Tensor], found: Iterator[Tensor]) -> Losses:
         scores = [

@@ -34,6 +34,7 @@ from benchmarks.third_model import STEPS, make, unseen_text
 from pennyweight.evaluate.compare import Reference, WindowScores
 from pennyweight.evaluate.judges import bounded, unseen_windows
 from pennyweight.models.streamed import StreamedModel
+from pennyweight.models.text import digest
 from pennyweight.pipeline.measuring import Measuring
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.planning import problem_of
@@ -121,10 +122,10 @@ class _Kept:
     plans: dict[int, Judged]
 
     @classmethod
-    def of(cls, model: Path, windows: Tensor) -> _Kept:
+    def of(cls, model: Path, windows: Sequence[Tensor]) -> _Kept:
         code = sorted((ROOT / "src" / "pennyweight").rglob("*.py"))
         parts = [path.read_bytes() for path in (*sorted(model.glob("*.safetensors")), *code)]
-        key = hashlib.sha256(b"".join([*parts, windows.numpy().tobytes()])).hexdigest()[:16]
+        key = hashlib.sha256(b"".join([*parts, digest(windows).encode()])).hexdigest()[:16]
         file = cache("loss-budgets") / f"{key}.json"
         read = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         plans = [
@@ -145,8 +146,8 @@ def judged_plans(text: Text, tokens: Sequence[int], work: Path) -> list[Judged]:
     problem = problem_of(draft, Measuring(draft))
     unseen = unseen_windows(draft)
     order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))
-    windows = unseen[order[: 2 * max(tokens) // _LENGTH]]
-    note(f"  {windows.numel():,} tokens of {unseen.numel():,} that no plan is calibrated on")
+    windows = [unseen[index] for index in order[: 2 * max(tokens) // _LENGTH].tolist()]
+    note(f"  {len(windows) * _LENGTH:,} tokens of {len(unseen) * _LENGTH:,} that no plan is calibrated on")
     points = problem.frontier.points
     limits = LIMITS[text.name]
     least, most = (pick(limit.value for limit in limits) for pick in (min, max))

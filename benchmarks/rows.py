@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -77,21 +77,20 @@ def calibration_tokens(subject: Subject, work: Path) -> Tokens:
     """Write the windows of `subject` into `work`."""
     model = StreamedModel(subject.path)
     windows = windows_of(model, subject.calibration, length=subject.length, count=subject.samples)
-    even = work / f"{subject.name}-tokens.safetensors"
+    path, even = (work / f"{subject.name}-{what}.safetensors" for what in ("tokens", "even-tokens"))
     if model.is_decoder:
-        _save(even, windows, {"input_ids": torch.stack(windows)})
-        return Tokens(even, text.digest(windows), even)
+        _save(path, windows, {"input_ids": torch.stack(windows)})
+        return Tokens(path, text.digest(windows), path)
     tokenizer = text.load_tokenizer(subject.path)
     documents, lengths = text.documents(subject.calibration, tokenizer), [len(window) for window in windows]
     length = round(mean(lengths))
     cut = text.windows(documents, tokenizer, length=length, count=sum(lengths) // length, seed=0)
     _save(even, cut, {"input_ids": cut})
-    path = work / f"{subject.name}-texts.safetensors"
     _save(path, windows, {"input_ids": torch.cat(windows), "lengths": torch.tensor(lengths)})
     return Tokens(path, text.digest(windows), even)
 
 
-def _save(path: Path, windows: Iterable[Tensor], tensors: dict[str, Tensor]) -> None:
+def _save(path: Path, windows: Sequence[Tensor] | Tensor, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"sha256": text.digest(windows)})
 
 

@@ -172,8 +172,14 @@ def test_windows_of_equal_length_are_in_batches_together_without_padding() -> No
 def test_the_hash_of_windows_is_that_of_their_ids_one_after_the_other() -> None:
     ids = torch.arange(24)
     expected = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    assert text.digest(ids.reshape(4, 6)) == text.digest(ids.split([2, 9, 1, 12])) == expected
+    assert text.digest(ids.reshape(4, 6)) == text.digest(ids.split(6)) == expected
     assert text.digest(ids.reshape(6, 4).T) != expected
+
+
+def test_the_hash_of_windows_of_several_lengths_knows_where_they_end() -> None:
+    ids = torch.arange(6)
+    cuts = ([6], [3, 1, 2], [1, 2, 3], [1, 3, 2], [1, 5])
+    assert len({text.digest(ids.split(cut)) for cut in cuts}) == len(cuts)
 
 
 def test_every_passage_is_a_text_by_itself_with_its_special_tokens() -> None:
@@ -199,6 +205,12 @@ def test_passages_are_drawn_until_the_tokens_are_full(sizes: list[int], most: in
         assert sum(map(len, found)) > most - 12
 
 
+def test_a_template_that_writes_bos_gets_no_second_one() -> None:
+    marked = tokenizer("bos")
+    for cut in (text.passages, text.windows):
+        assert [window.tolist() for window in cut(["<s> w0 w1 w2"], marked, length=4)] == [[BOS, 10, 11, 12]]
+
+
 def test_another_seed_draws_other_passages() -> None:
     texts = [words(5, start=number) for number in range(100)]
     drawn = [text.digest(text.passages(texts, tokenizer(), length=9, most=60, seed=seed)) for seed in (0, 0, 1)]
@@ -219,6 +231,10 @@ def test_passages_without_text_or_room_are_refused() -> None:
         ("one\ntwo\n\n", ["one", "two"]),
         ("one\n<|endoftext|>\ntwo\nthree\n", ["one", "two", "three"]),
         ("one\ntwo\n\nthree<|endoftext|>four\nfive", ["one\ntwo", "three", "four\nfive"]),
+        ("one\ntwo\n\nthree<|endoftext|>", ["one\ntwo", "three"]),
+        ("one\r\ntwo\r\n\r\nthree\r\n", ["one\ntwo", "three"]),
+        ("one\n" * 60 + "\n" + "two\n" * 60, ["one"] * 60 + ["two"] * 60),
+        ("one\n" * 20 + "\n" + "two\n" * 20, ["\n".join(["one"] * 20), "\n".join(["two"] * 20)]),
     ],
 )
 def test_plain_text_is_cut_into_paragraphs_or_else_lines(written: str, expected: list[str], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pennyweight.pipeline import measuring
 from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.windows import calibration_windows, every_window, some_windows, windows_of
 from pennyweight.plan.budget import Budget
+from pennyweight.train.recovery.finish import Recovery
 from tests.evaluate.tasks import examples
 from tests.pipeline import tiny
 
@@ -78,12 +79,14 @@ def test_a_run_on_texts_does_not_depend_on_the_threads(encoder: Path, effort: st
         for threads in (1, 3):
             torch.set_num_threads(threads)
             assert allowed_threads() == threads
-            tiny.run(encoder, tmp_path / str(threads), asked)
+            tiny.run(encoder, tmp_path / str(threads), asked, finish=Recovery.of(asked))
             found.append(tiny.digests(tmp_path / str(threads)))
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1]
-    recipe = json.loads((tmp_path / "1" / "pennyweight.json").read_text())["recipe"]["calibration"]
+    record = json.loads((tmp_path / "1" / "pennyweight.json").read_text())
+    assert ("finish" in record["found"]) == (effort == "best")
+    recipe = record["recipe"]["calibration"]
     windows = calibration_windows(StreamedModel(encoder), asked)
     assert windows is not None
     assert (recipe["samples"], recipe["length"], recipe["varies"]) == (len(windows), 24, True)
@@ -116,13 +119,23 @@ def _told(given: list[list[torch.Tensor]]) -> Any:
     return told
 
 
+def test_less_than_a_window_of_text_is_refused_before_any_block(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the text has 4 tokens, fewer than one window of 24: give more text"):
+        tiny.run(encoder, tmp_path / "out", replace(OPTIONS, calibration=("May",)))
+    asked = replace(OPTIONS, calibration=("a bee over the hill,", "a bee under the hill"), effort="best")
+    with pytest.raises(DataError, match="recovery was given 1 batch") as refused:
+        tiny.run(encoder, tmp_path / "out", asked, finish=Recovery.of(asked))
+    assert not hasattr(refused.value, "__notes__")
+    assert tiny.traces(tmp_path) == []
+
+
 def test_an_encoder_is_compared_text_by_text(encoder: Path, tmp_path: Path) -> None:
     tiny.run(encoder, tmp_path / "out", OPTIONS)
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": one}) + "\n" for one in TEXTS))
     found = evaluate(str(tmp_path / "out"), against=str(encoder), source=str(file), length=24)
     windows = windows_of(StreamedModel(encoder), TEXTS, length=24)
-    assert (found.windows, found.context) == (len(windows), 24)
+    assert (found.windows, found.context, found.stride) == (len(windows), 24, None)
     assert found.tokens == sum(map(len, windows))
     from transformers import AutoModel
 

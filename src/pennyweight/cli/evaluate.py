@@ -22,8 +22,10 @@ def evaluate(
     task: str | None = typer.Option(
         None, help="Items, JSON lines: multiple choice, cloze or sentence pairs.  [--text, --task or both]"
     ),
-    length: int = typer.Option(512, min=4, help="Tokens a window of text; the stride is the same."),
-    samples: int | None = typer.Option(None, min=1, help="Windows at most, from the start.  [default: all]"),
+    length: int = typer.Option(512, min=4, help="Tokens a window of text, at most; the stride is the same."),
+    samples: int | None = typer.Option(
+        None, min=1, help="Windows, of an encoder texts, at most, from the start.  [default: all]"
+    ),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
     jobs: int | None = typer.Option(None, min=1, help="Threads.  [default: all cores]"),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings along."),
@@ -81,7 +83,7 @@ def _print_text(found: Evaluation) -> None:
         print(f"  KL to original  {found.kl_mean:.4g} nats a token, standard error {found.kl_stderr:.2g}")
         print(f"  same top token  {100 * (found.top1_agreement or 0):.2f} %")
     else:
-        print(f"{found.tokens} tokens in {found.windows} texts of at most {found.context}")
+        print(f"{found.tokens} tokens in {found.windows} texts, or pieces of texts, of at most {found.context}")
         print(f"  cosine of embeddings  {found.cosine_mean:.6f}, standard error {found.cosine_stderr:.2g}")
 
 

@@ -65,7 +65,7 @@ class Evaluation:
     """What was lost, on which text. All against the original, over the same tokens; standard errors are over windows.
 
     perplexity, reference_perplexity   exp of the mean nats a token, windows of `context` tokens, stride = context
-    windows, context                   windows of a decoder, and tokens of each; of an encoder texts, and of the longest
+    windows, context                   of an encoder texts, long ones in pieces, and tokens of the longest; no stride
     kl_mean, kl_stderr                 mean over tokens of KL(original || this) in nats, float32, whole vocabulary
     top1_agreement                     share of tokens whose most likely token is the same in both
     cosine_mean, cosine_stderr         of an encoder: cosine of mean-pooled embeddings
@@ -82,7 +82,7 @@ class Evaluation:
     tokens: int
     windows: int
     context: int
-    stride: int
+    stride: int | None
     size_bytes: int
     reference_size_bytes: int
     bpw: float
@@ -233,7 +233,7 @@ def _summary(
         tokens=tokens,
         windows=len(scores),
         context=context,
-        stride=context,
+        stride=context if is_decoder else None,
         **asdict(Sizes.of(candidate, reference)),
     )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -61,15 +61,9 @@ def each_output(
 
 def _batches(sequences: Sequence[Sequence[int]]) -> list[_Batch]:
     """From short to long; the cut depends on nothing but the lengths."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, ids in enumerate(sequences):
-        by_length[len(ids)].append(index)
-    batches: list[_Batch] = []
-    for _, members in sorted(by_length.items()):
-        for part in text.batches(torch.tensor([list(sequences[index]) for index in members])):
-            batches.append(_Batch(members[: len(part)], part))
-            members = members[len(part) :]
-    return batches
+    members = iter(sorted(range(len(sequences)), key=lambda index: len(sequences[index])))
+    batches = text.batches(torch.tensor(list(ids)) for ids in sequences)
+    return [_Batch(list(islice(members, len(ids))), ids) for ids in batches]
 
 
 def _cut(batches: Sequence[_Batch], token_bytes: int, most_bytes: int) -> list[list[_Batch]]:

@@ -20,8 +20,11 @@ from pennyweight.core.errors import DataError, ModelError
 BUILT_IN = "built-in"
 # Marks the end of a document in plain text files, as in TinyStories.
 _SEPARATOR = "<|endoftext|>"
-_SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+")
+_CLAUSE_END = re.compile(r"(?<=[.!?;:])\s+")
 _BLANK_LINE = re.compile(r"\n\s*\n")
+_LINE = re.compile(r"\n")
+# Lines: text with fewer blank ones than one in so many is one text a line, with stray ones between.
+_LONGEST_PARAGRAPH = 50
 # Tokens of a batch: enough rows for an efficient product, few enough to leave one batch for each thread.
 _BATCH_TOKENS = 512
 
@@ -54,7 +57,7 @@ def _first_line(error: Exception) -> str:
 def documents(source: str, tokenizer: Any, *, paragraphs: bool = False) -> list[str]:
     """The documents of `source`: a text file, a .jsonl with `text` or `messages` (through the chat template), a
     directory of such files (and .md), or "built-in"; with `paragraphs` those of plain text, which are cut at blank
-    lines, or into lines where there is none of these, and every other one of the built-in text into its sentences.
+    lines, or into lines where there are few of these, and every other one of the built-in text into its clauses.
     Raises DataError."""
     if source == BUILT_IN:
         built_in = files("pennyweight.models").joinpath("calibration.txt").read_text(encoding="utf-8")
@@ -76,16 +79,20 @@ def documents(source: str, tokenizer: Any, *, paragraphs: bool = False) -> list[
 
 
 def _plain(text: str, *, paragraphs: bool) -> list[str]:
-    found = text.split(_SEPARATOR)
+    documents = text.split(_SEPARATOR)
     if not paragraphs:
-        return found
-    cut = _BLANK_LINE if any(_BLANK_LINE.search(document.strip()) for document in found) else re.compile("\n")
-    return [part.strip() for document in found for part in cut.split(document) if part.strip()]
+        return documents
+    parts, lines = (
+        [part.strip() for document in documents for part in cut.split(document) if part.strip()]
+        for cut in (_BLANK_LINE, _LINE)
+    )
+    blank = len(parts) - sum(bool(document.strip()) for document in documents)
+    return parts if _LONGEST_PARAGRAPH * blank > len(lines) else lines
 
 
 def _long_and_short(paragraphs: Sequence[str]) -> list[str]:
-    """Every other paragraph sentence by sentence: encoders are asked about both."""
-    return [part for n, text in enumerate(paragraphs) for part in (_SENTENCE_END.split(text) if n % 2 else [text])]
+    """Every other paragraph clause by clause: encoders are asked about both."""
+    return [part for n, text in enumerate(paragraphs) for part in (_CLAUSE_END.split(text) if n % 2 else [text])]
 
 
 def _file_documents(path: Path, tokenizer: Any, *, paragraphs: bool) -> list[str]:
@@ -145,17 +152,12 @@ def windows(
     where there is less than one window.
     """
     special = special_tokens(tokenizer)
-    body = length - len(special.before) - len(special.after)
-    if body < 2:
-        raise DataError(f"windows of {length} tokens leave no room for text: give at least {length - body + 2}")
+    body = _room(length, special)
     ids: list[int] = []
     for text in texts:
         # Documents of one text file follow each other as they would in training.
         ids.extend([*special.after, *special.before] if ids else [])
-        piece = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        # A chat template writes BOS into the text.
-        is_double = bool(special.before) and piece[: len(special.before)] == special.before
-        ids.extend(piece[len(special.before) :] if is_double else piece)
+        ids.extend(_ids(text, tokenizer, special))
     total = len(ids) // body
     if total == 0:
         raise DataError(
@@ -170,6 +172,21 @@ def windows(
     return torch.cat([before, table, after], dim=1)
 
 
+def _room(length: int, special: Prefixes) -> int:
+    """Tokens of text in a window of `length`; raises DataError where there is none."""
+    body = length - len(special.before) - len(special.after)
+    if body < 2:
+        raise DataError(f"windows of {length} tokens leave no room for text: give at least {length - body + 2}")
+    return body
+
+
+def _ids(text: str, tokenizer: Any, special: Prefixes) -> list[int]:
+    """The tokens of `text` without special ones around it, of which a chat template may write the first."""
+    found = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    is_double = bool(special.before) and found[: len(special.before)] == special.before
+    return found[len(special.before) :] if is_double else found
+
+
 def passages(
     texts: Iterable[str], tokenizer: Any, *, length: int, most: int | None = None, seed: int | None = None
 ) -> list[Tensor]:
@@ -180,12 +197,10 @@ def passages(
     `most` tokens in all (`seed`); all when None. Raises DataError where there is none.
     """
     special = special_tokens(tokenizer)
-    body = length - len(special.before) - len(special.after)
-    if body < 2:
-        raise DataError(f"windows of {length} tokens leave no room for text: give at least {length - body + 2}")
+    body = _room(length, special)
     found: list[Tensor] = []
     for text in texts:
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = _ids(text, tokenizer, special)
         pieces = (ids[start : start + body] for start in range(0, len(ids), body))
         found += [torch.tensor([*special.before, *piece, *special.after]) for piece in pieces]
     if not found:
@@ -194,9 +209,10 @@ def passages(
         return found
     generator = torch.Generator().manual_seed(seed or 0)
     kept: list[int] = []
+    tokens = 0
     for index in torch.randperm(len(found), generator=generator).tolist():
-        most -= len(found[index])
-        if most < 0 and kept:
+        tokens += len(found[index])
+        if tokens > most and kept:
             break
         kept.append(index)
     return [found[index] for index in sorted(kept)]
@@ -215,12 +231,15 @@ def batches(token_windows: Iterable[Tensor]) -> list[Tensor]:
     ]
 
 
-def digest(token_windows: Iterable[Tensor]) -> str:
-    """The hash of their ids."""
-    ids = hashlib.sha256()
+def digest(token_windows: Sequence[Tensor] | Tensor) -> str:
+    """The hash of their ids, and of their lengths where these differ."""
+    lengths = [len(window) for window in token_windows]
+    found = hashlib.sha256()
     for window in token_windows:
-        ids.update(window.contiguous().numpy().tobytes())
-    return ids.hexdigest()
+        found.update(window.contiguous().numpy().tobytes())
+    if len(set(lengths)) > 1:
+        found.update(torch.tensor(lengths).numpy().tobytes())
+    return found.hexdigest()
 
 
 def context_length(config: Any) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 @dataclass(frozen=True)
 class CalibrationRecipe:
     """Where the calibration windows came from: `samples` of them, the longest of `length` tokens; whether lengths vary;
-    the hash of their ids."""
+    their hash."""
 
     source: str
     samples: int

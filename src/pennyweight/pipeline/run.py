@@ -57,6 +57,9 @@ class Finish(Protocol):
 
     @property
     def name(self) -> str: ...
+    def check(self, job: Job) -> None:
+        """Raises, before any block, what could only stop it after all of them."""
+
     def __call__(self, job: Job, output: Output, scratch: Path) -> dict[str, Any]:
         """Change tensors of `output` in their places; returns what goes into the record. `scratch` is a directory that
         goes away once that is journaled."""
@@ -101,6 +104,7 @@ def quantize(
     with tempfile.TemporaryDirectory(prefix="pennyweight-source-") as scratch:
         job = prepare(model, options, container, hashes, scratch=Path(scratch), tell=tell_cost)
         if finish is not None:
+            finish.check(job)
             job = replace(job, recipe=replace(job.recipe, finish=finish.name))
 
         def write(output: Output, directory: Path, journal: Journal) -> list[SiteRecord]:

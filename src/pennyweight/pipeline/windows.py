@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pennyweight.core.errors import DataError
 from pennyweight.models import text
 from pennyweight.models.self_text import SELF, own_windows
 from pennyweight.models.streamed import StreamedModel
@@ -30,13 +31,13 @@ def windows_of(
     """
     tokenizer = text.load_tokenizer(model.path, trust_remote_code=trust_remote_code)
     length = longest(model, length)
-    is_apart = not model.is_decoder
-    documents = text.documents(source, tokenizer, paragraphs=is_apart) if isinstance(source, str) else source
-    if is_apart:
-        most = None if count is None else count * length
-        windows = text.passages(documents, tokenizer, length=length, most=most, seed=seed)
+    if isinstance(source, str):
+        source = text.documents(source, tokenizer, paragraphs=not model.is_decoder)
+    if model.is_decoder:
+        windows = list(text.windows(source, tokenizer, length=length, count=count, seed=seed))
     else:
-        windows = list(text.windows(documents, tokenizer, length=length, count=count, seed=seed))
+        most = None if count is None else count * length
+        windows = text.passages(source, tokenizer, length=length, most=most, seed=seed)
     text.check_vocabulary(windows, model.config, [str(model.path)])
     return windows
 
@@ -69,7 +70,7 @@ def every_window(model: StreamedModel, options: Options) -> list[Tensor]:
 
 
 def _drawn(model: StreamedModel, options: Options, source: str | Sequence[str], *, count: int | None) -> list[Tensor]:
-    return windows_of(
+    windows = windows_of(
         model,
         source,
         length=options.length,
@@ -77,3 +78,9 @@ def _drawn(model: StreamedModel, options: Options, source: str | Sequence[str], 
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
     )
+    tokens, least = sum(map(len, windows)), longest(model, options.length)
+    if tokens < least:
+        raise DataError(
+            f"the text has {tokens} tokens, fewer than one window of {least}: give more text or a smaller --length"
+        )
+    return windows

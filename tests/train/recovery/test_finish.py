@@ -149,6 +149,9 @@ def test_what_is_trained_is_the_model_that_was_written(tmp_path: Path) -> None:
     class Look:
         name = "look"
 
+        def check(self, job: Job) -> None:
+            assert job.windows is not None
+
         def __call__(self, job: Job, output: Output, scratch: Path) -> dict[str, Any]:
             model = finish._as_written(job, output)
             for name in output.kept_tensors(job.model.sites):

@@ -24,7 +24,7 @@ from pennyweight.pipeline.options import Options
 from pennyweight.pipeline.output import Output
 from pennyweight.pipeline.windows import some_windows
 from pennyweight.pipeline.written import WrittenCheckpoint
-from pennyweight.train.recovery.recover import Recovered, Settings, Step, recover
+from pennyweight.train.recovery.recover import Recovered, Settings, Step, recover, split
 
 # New values on their way into the weight files: there whole or not at all.
 _REDO = "recovered.safetensors"
@@ -45,6 +45,11 @@ class Recovery:
     @property
     def name(self) -> str:
         return f"recovery: {self.settings}"
+
+    def check(self, job: Job) -> None:
+        """Raises DataError for windows that `recover` does not take."""
+        windows = some_windows(job.streamed, job.options, job.windows)
+        split(len(text.batches(windows)), self.settings)
 
     def __call__(self, job: Job, output: Output, scratch: Path) -> dict[str, Any]:
         """Change scales, norms and biases in the weight files of `output`, in their places; returns what was found.

@@ -28,7 +28,7 @@ _EPSILON = 1e-12
 @dataclass(frozen=True)
 class Settings:
     """epochs       passes over the windows that are trained on
-    batch        batches of windows (about 512 tokens each) a step
+    batch        batches of windows (512 tokens each, fewer where lengths differ) a step
     rate         of Adam at its highest, in units of each number's own size at 4 bits: 0.001 moves a scale by a
                  thousandth a step, by two thousandths at 3 bits, by a two-thousandth at 5
     warm_up      share of the steps over which the rate rises from zero; from there it falls to zero as a cosine
@@ -99,7 +99,7 @@ def recover(
     outputs are kept in files in `directory` meanwhile. Raises DataError for fewer than two batches of windows.
     """
     batches = text.batches(windows)
-    trained, held = _split(len(batches), settings)
+    trained, held = split(len(batches), settings)
     with (
         one_thread_per_operation(),
         teaching(original, batches, directory, count=settings.tokens, temperature=settings.temperature) as teacher,
@@ -108,8 +108,8 @@ def recover(
         return _Training(student, teacher, trained, held, settings, tell).run()
 
 
-def _split(batches: int, settings: Settings) -> tuple[list[int], list[int]]:
-    """Batches that are trained on and those that are held out."""
+def split(batches: int, settings: Settings) -> tuple[list[int], list[int]]:
+    """Of so many batches those that are trained on and those that are held out; raises DataError."""
     if batches < 2:
         raise DataError(
             f"recovery was given {batches} batch of windows: it trains on some and decides on others; give more text"
