@@ -75,7 +75,7 @@ class Bench:
         plans, theirs = [], {}
         for rounding in roundings:
             run = AUTO_SCHEME.quantized(
-                self.subject.path, scheme=str(average), solver=rounding, tokens=self.tokens.even
+                self.subject.path, scheme=str(average), solver=rounding, tokens=self.tokens.of(AUTO_SCHEME)
             )
             if "refused" in run.said:
                 raise RuntimeError(f"AutoScheme {average} {rounding}: {run.said['refused']}")

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -78,20 +77,25 @@ def calibration_tokens(subject: Subject, work: Path) -> Tokens:
     model = StreamedModel(subject.path)
     windows = windows_of(model, subject.calibration, length=subject.length, count=subject.samples)
     path, even = (work / f"{subject.name}-{what}.safetensors" for what in ("tokens", "even-tokens"))
+    digest = _save(path, windows)
     if model.is_decoder:
-        _save(path, windows, {"input_ids": torch.stack(windows)})
-        return Tokens(path, text.digest(windows), path)
+        return Tokens(path, digest, path)
     tokenizer = text.load_tokenizer(subject.path)
-    documents, lengths = text.documents(subject.calibration, tokenizer), [len(window) for window in windows]
-    length = round(mean(lengths))
-    cut = text.windows(documents, tokenizer, length=length, count=sum(lengths) // length, seed=0)
-    _save(even, cut, {"input_ids": cut})
-    _save(path, windows, {"input_ids": torch.cat(windows), "lengths": torch.tensor(lengths)})
-    return Tokens(path, text.digest(windows), even)
+    documents, tokens = text.documents(subject.calibration, tokenizer), sum(map(len, windows))
+    length = round(tokens / len(windows))
+    _save(even, list(text.windows(documents, tokenizer, length=length, count=tokens // length, seed=0)))
+    return Tokens(path, digest, even)
 
 
-def _save(path: Path, windows: Sequence[Tensor] | Tensor, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"sha256": text.digest(windows)})
+def _save(path: Path, windows: Sequence[Tensor]) -> str:
+    """Write `windows` as the runners of peers read them; their hash."""
+    digest, lengths = text.digest(windows), [len(window) for window in windows]
+    if len(set(lengths)) == 1:
+        tensors = {"input_ids": torch.stack(list(windows))}
+    else:
+        tensors = {"input_ids": torch.cat(list(windows)), "lengths": torch.tensor(lengths)}
+    save_file(tensors, path, metadata={"sha256": digest})
+    return digest
 
 
 def make_row(

@@ -42,7 +42,7 @@ LARGEST_GPTQ_BYTES = 1.6e9
 # Peak memory at the largest number of blocks over that at the smallest: tables and journal may grow, weights may not.
 LARGEST_GROWTH = 1.05
 _WINDOWS = """
-import hashlib, sys
+import sys
 from safetensors.torch import save_file
 from pennyweight.models import text
 model, source, out, count, length = sys.argv[1:]
@@ -50,7 +50,7 @@ tokenizer = text.load_tokenizer(__import__("pathlib").Path(model))
 documents = text.documents(source, tokenizer)
 windows = text.windows(documents, tokenizer, length=int(length), count=int(count), seed=0)
 save_file({"input_ids": windows.contiguous()}, out)
-print(hashlib.sha256(windows.numpy().tobytes()).hexdigest())
+print(text.digest(windows))
 """
 
 

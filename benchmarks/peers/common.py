@@ -5,9 +5,8 @@ Run by the Python of a peer's own environment; imports nothing of Pennyweight, a
     python -m benchmarks.peers.NAME.run MODEL OUT --scheme int4-g128 --solver gptq [--tokens FILE.safetensors]
 
 The file of calibration tokens holds `input_ids`, int64 [windows, length], or [tokens] with the `lengths` of the windows
-that they are of. The answer is one JSON object, the last line
-of stdout; whatever a library prints goes to stderr. Where a library does not take a model or a scheme, the answer holds
-its message under "refused".
+that they are of. The answer is one JSON object, the last line of stdout; whatever a library prints goes to stderr.
+Where a library does not take a model or a scheme, the answer holds its message under "refused".
 """
 
 from __future__ import annotations

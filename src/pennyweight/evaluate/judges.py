@@ -95,11 +95,11 @@ class TextJudge:
 
     @property
     def about(self) -> Mapping[str, Any]:
-        return {"windows": len(self._windows), "tokens": sum(map(len, self._windows))}
+        return {"windows": len(self._windows), "tokens": self._tokens}
 
     @property
     def data(self) -> str:
-        return f"{sum(map(len, self._windows))} tokens"
+        return f"{self._tokens} tokens"
 
     def measure(self, candidate: StreamedModel) -> Measured:
         return Measured(*bounded(self.original.compare(candidate), self.budget))
@@ -110,6 +110,10 @@ class TextJudge:
     @property
     def _windows(self) -> Sequence[Tensor]:
         return self.original.windows
+
+    @property
+    def _tokens(self) -> int:
+        return sum(map(len, self._windows))
 
 
 def bounded(scores: Sequence[WindowScores], budget: Budget, *, errors: float = ERRORS) -> tuple[float, float]:

@@ -160,9 +160,7 @@ def windows(
         ids.extend(_ids(text, tokenizer, special))
     total = len(ids) // body
     if total == 0:
-        raise DataError(
-            f"the text has {len(ids)} tokens, fewer than one window of {length}: give more text or a smaller --length"
-        )
+        raise too_little(len(ids), length)
     table = torch.tensor(ids[: total * body]).reshape(total, body)
     if count is not None and count < total:
         generator = torch.Generator().manual_seed(seed or 0)
@@ -170,6 +168,13 @@ def windows(
     before = torch.tensor(special.before, dtype=torch.int64).expand(len(table), -1)
     after = torch.tensor(special.after, dtype=torch.int64).expand(len(table), -1)
     return torch.cat([before, table, after], dim=1)
+
+
+def too_little(tokens: int, length: int) -> DataError:
+    """What to say of a text that does not fill one window of `length` tokens."""
+    return DataError(
+        f"the text has {tokens} tokens, fewer than one window of {length}: give more text or a smaller --length"
+    )
 
 
 def _room(length: int, special: Prefixes) -> int:

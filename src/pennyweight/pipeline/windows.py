@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pennyweight.core.errors import DataError
 from pennyweight.models import text
 from pennyweight.models.self_text import SELF, own_windows
 from pennyweight.models.streamed import StreamedModel
@@ -80,7 +79,5 @@ def _drawn(model: StreamedModel, options: Options, source: str | Sequence[str], 
     )
     tokens, least = sum(map(len, windows)), longest(model, options.length)
     if tokens < least:
-        raise DataError(
-            f"the text has {tokens} tokens, fewer than one window of {least}: give more text or a smaller --length"
-        )
+        raise text.too_little(tokens, least)
     return windows
