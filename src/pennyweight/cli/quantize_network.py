@@ -25,11 +25,11 @@ def quantize_network(source: str, out: str, asked: Mapping[str, Any]) -> None:
     Raises UsageError for options that a network has no use for.
     """
     from pennyweight.evaluate.network.quantize import quantize_module
-    from pennyweight.models.network.source import TextWindows, named_batches, named_network
+    from pennyweight.models.network.source import TextAmount, named_batches, named_network
 
     _refuse_others(asked)
     set_jobs(asked["jobs"])
-    text = TextWindows(asked["samples"], asked["length"], asked["seed"])
+    text = TextAmount(asked["samples"], asked["length"], asked["seed"])
     found = named_network(source, asked["calibration"], text=text, trust_remote_code=asked["trust_remote_code"])
     scheme = asked["scheme"] if asked["bits"] is None else f"int{asked['bits']}-channel"
     task = None if asked["task"] is None else named_batches(asked["task"])

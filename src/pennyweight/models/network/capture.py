@@ -17,6 +17,8 @@ from pennyweight.models.network.network import Inputs, Network
 from pennyweight.models.network.quiet import in_eval, quiet, where
 from pennyweight.models.network.sites import find_refused, find_sites
 
+# By so many roundings of its largest value an output of the graph may differ from the network's.
+_ROUNDINGS = 32
 _REMEDY = (
     "What depends on the values of tensors (if, while, .item(), .tolist(), numpy) has no place in a fixed graph: "
     "compute it with torch.where or torch.cond, outside of the network, or quantize the parts between."
@@ -87,7 +89,7 @@ def _check_weights(net: nn.Module) -> None:
 
 
 def _check_result(net: nn.Module, graph: fx.GraphModule, inputs: Inputs) -> None:
-    """On the example, graph and network give the same, bit for bit."""
+    """On the example, graph and network give the same: bit for bit, but for sums in another order."""
     buffers = {buffer: buffer.clone() for buffer in net.buffers()}
     results = []
     for module in (net, graph):
@@ -107,5 +109,11 @@ def _check_result(net: nn.Module, graph: fx.GraphModule, inputs: Inputs) -> None
 def _is_equal(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return bool(one == other)
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
     same = (one == other) | (one.isnan() & other.isnan())
-    return one.dtype == other.dtype and one.shape == other.shape and bool(same.all())
+    if bool(same.all()) or not one.is_floating_point():
+        return bool(same.all())
+    # A view of a single row has other strides in a graph, and a matrix product another order then.
+    allowed = _ROUNDINGS * torch.finfo(one.dtype).eps * one.nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    return bool((same | ((one - other).abs() <= allowed)).all())

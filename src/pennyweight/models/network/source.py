@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,23 @@ from torch import Tensor, nn
 from pennyweight.core.errors import DataError, ModelError, UsageError
 from pennyweight.models.config_json import read_config_json
 from pennyweight.models.network.arrays import ARRAY_FILES, array_batches
-from pennyweight.models.text import BUILT_IN, documents, load_tokenizer, windows
+from pennyweight.models.text import (
+    BUILT_IN,
+    batches,
+    check_vocabulary,
+    documents,
+    load_tokenizer,
+    passages,
+    too_little,
+)
 
-# Windows of text in one batch.
-_WINDOWS = 8
 _GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
 @dataclass(frozen=True)
-class TextWindows:
-    """How text becomes batches: at most `samples` windows of `length` tokens, drawn by `seed`."""
+class TextAmount:
+    """How much text becomes batches: as many texts as `samples` windows of `length` tokens would hold, drawn by `seed`;
+    of longer ones pieces."""
 
     samples: int = 128
     length: int = 128
@@ -44,21 +51,21 @@ class NamedNetwork:
 
 
 def named_network(
-    source: str, calibration: str | None, *, text: TextWindows | None = None, trust_remote_code: bool = False
+    source: str, calibration: str | None, *, text: TextAmount | None = None, trust_remote_code: bool = False
 ) -> NamedNetwork:
     """The network that `source` names, with the batches that `calibration` names.
 
     source       "FILE.py:NAME" or "package.module:NAME", NAME a torch module or a function without arguments that makes
                  one; a .pt2 file of torch.export.save; or a directory of transformers
     calibration  "FILE.py:NAME", NAME an iterable of batches or a function that gives one; a file of arrays (.npz, .npy,
-                 .safetensors) as the network takes them, samples along the first axis; for networks that read text a
-                 text file, .jsonl, a directory or "built-in"; "none" or None
+                 .safetensors) as the network takes them, samples along the first axis; for networks that read text
+                 also a text file, .jsonl, a directory or "built-in"; "none" or None
 
     Code that is named is run. Raises UsageError, ModelError, DataError.
     """
     path = Path(source)
     if path.is_dir():
-        return _of_transformers(path, calibration, text=text or TextWindows(), trust_remote_code=trust_remote_code)
+        return _of_transformers(path, calibration, text=text or TextAmount(), trust_remote_code=trust_remote_code)
     net = _exported(path) if path.suffix == ".pt2" else _made(source)
     if calibration not in (None, "none"):
         return NamedNetwork(net, named_batches(str(calibration)))
@@ -165,9 +172,7 @@ def _importable(directory: Path) -> Iterator[None]:
         sys.path.remove(place)
 
 
-def _of_transformers(
-    path: Path, calibration: str | None, *, text: TextWindows, trust_remote_code: bool
-) -> NamedNetwork:
+def _of_transformers(path: Path, calibration: str | None, *, text: TextAmount, trust_remote_code: bool) -> NamedNetwork:
     """A model directory of transformers, of the class that its config names."""
     net = _transformers_model(path, trust_remote_code=trust_remote_code)
     if net.main_input_name == "input_ids":
@@ -200,18 +205,36 @@ def _transformers_model(path: Path, *, trust_remote_code: bool) -> Any:
 
 
 def _of_text(
-    net: Any, path: Path, calibration: str | None, *, text: TextWindows, trust_remote_code: bool
+    net: Any, path: Path, calibration: str | None, *, text: TextAmount, trust_remote_code: bool
 ) -> NamedNetwork:
+    """Each text by itself, as a network that answers in one pass is asked about it."""
+    if calibration is not None and _names_batches(calibration):
+        return NamedNetwork(net, named_batches(calibration))
     source = None if calibration == "none" else calibration or BUILT_IN
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    limit = getattr(net.config, "max_position_embeddings", None) or text.length
-    ids = windows(
-        documents(source or BUILT_IN, tokenizer), tokenizer, length=min(text.length, limit),
-        count=text.samples if source else _WINDOWS, seed=text.seed,
-    )  # fmt: skip
+    length = min(text.length, getattr(net.config, "max_position_embeddings", None) or text.length)
+    found = documents(source or BUILT_IN, tokenizer, paragraphs=True)
+    windows = passages(found, tokenizer, length=length, most=text.samples * length, seed=text.seed)
+    check_vocabulary(windows, net.config, [str(path)])
+    if (tokens := sum(map(len, windows))) < length:
+        raise too_little(tokens, length)
     names = set(tokenizer.model_input_names)
-    batches = [_tokens(part, names) for part in torch.split(ids, _WINDOWS)]
-    return NamedNetwork(net, batches) if source else NamedNetwork(net, None, batches[0])
+    made = [_tokens(batch, names) for batch in _mixed(batches(windows), text.seed)]
+    return NamedNetwork(net, made) if source else NamedNetwork(net, None, made[0])
+
+
+def _names_batches(calibration: str) -> bool:
+    path = Path(calibration)
+    return path.suffix in ARRAY_FILES or (":" in calibration and not path.exists())
+
+
+def _mixed(found: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Batches of all lengths in random order, since of many the first are read; first of all one by which a capture can
+    tell texts from tokens."""
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    mixed = [found[place] for place in order]
+    first = next((place for place, batch in enumerate(mixed) if 1 < len(batch) != batch.shape[1]), 0)
+    return [mixed.pop(first), *mixed]
 
 
 def _tokens(ids: Tensor, names: set[str]) -> dict[str, Tensor]:
