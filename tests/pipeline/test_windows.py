@@ -129,6 +129,13 @@ def test_less_than_a_window_of_text_is_refused_before_any_block(encoder: Path, t
     assert tiny.traces(tmp_path) == []
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_single_sample_is_a_text_or_two(encoder: Path, seed: int) -> None:
+    windows = calibration_windows(StreamedModel(encoder), replace(OPTIONS, samples=1, seed=seed))
+    assert windows is not None
+    assert 0 < sum(map(len, windows)) <= 24
+
+
 def test_an_encoder_is_compared_text_by_text(encoder: Path, tmp_path: Path) -> None:
     tiny.run(encoder, tmp_path / "out", OPTIONS)
     file = tmp_path / "texts.jsonl"

@@ -193,13 +193,19 @@ def _ids(text: str, tokenizer: Any, special: Prefixes) -> list[int]:
 
 
 def passages(
-    texts: Iterable[str], tokenizer: Any, *, length: int, most: int | None = None, seed: int | None = None
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    length: int,
+    most: int | None = None,
+    least: int = 1,
+    seed: int | None = None,
 ) -> list[Tensor]:
     """Each of `texts` by itself, as an encoder gets it: token ids int64 [tokens] with its special tokens, those of more
     than `length` tokens in several pieces.
 
     They are drawn without replacement, in the order of the text, for as long as the next one leaves no more than
-    `most` tokens in all (`seed`); all when None. Raises DataError where there is none.
+    `most` tokens in all (`seed`); all when None. Raises DataError for texts of fewer than `least` tokens in all.
     """
     special = special_tokens(tokenizer)
     body = _room(length, special)
@@ -210,7 +216,10 @@ def passages(
         found += [torch.tensor([*special.before, *piece, *special.after]) for piece in pieces]
     if not found:
         raise DataError("the text has no tokens: give more text")
-    if most is None or most >= sum(map(len, found)):
+    total = sum(map(len, found))
+    if total < least:
+        raise too_little(total, least)
+    if most is None or most >= total:
         return found
     generator = torch.Generator().manual_seed(seed or 0)
     kept: list[int] = []

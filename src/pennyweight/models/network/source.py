@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,10 +23,10 @@ from pennyweight.models.text import (
     BUILT_IN,
     batches,
     check_vocabulary,
+    context_length,
     documents,
     load_tokenizer,
     passages,
-    too_little,
 )
 
 _GENERATIVE = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -212,20 +213,24 @@ def _of_text(
         return NamedNetwork(net, named_batches(calibration))
     source = None if calibration == "none" else calibration or BUILT_IN
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    length = min(text.length, getattr(net.config, "max_position_embeddings", None) or text.length)
-    found = documents(source or BUILT_IN, tokenizer, paragraphs=True)
-    windows = passages(found, tokenizer, length=length, most=text.samples * length, seed=text.seed)
+    length = min(text.length, context_length(net.config) or text.length)
+    windows = passages(
+        documents(source or BUILT_IN, tokenizer, paragraphs=True), tokenizer, length=length,
+        most=text.samples * length, least=length, seed=text.seed,
+    )  # fmt: skip
     check_vocabulary(windows, net.config, [str(path)])
-    if (tokens := sum(map(len, windows))) < length:
-        raise too_little(tokens, length)
-    names = set(tokenizer.model_input_names)
+    # A tokenizer may give more than the network has arguments for.
+    names = set(tokenizer.model_input_names) & set(signature(net.forward).parameters)
     made = [_tokens(batch, names) for batch in _mixed(batches(windows), text.seed)]
     return NamedNetwork(net, made) if source else NamedNetwork(net, None, made[0])
 
 
 def _names_batches(calibration: str) -> bool:
-    path = Path(calibration)
-    return path.suffix in ARRAY_FILES or (":" in calibration and not path.exists())
+    """Whether that is batches, and not text; raises UsageError for a program without a name in it."""
+    path, (_, colon, name) = Path(calibration), calibration.rpartition(":")
+    if path.suffix == ".py":
+        raise UsageError(f"{calibration} is a program: name what gives the batches in it, {calibration}:NAME")
+    return path.suffix in ARRAY_FILES or (bool(colon) and name.isidentifier() and not path.exists())
 
 
 def _mixed(found: Sequence[Tensor], seed: int) -> list[Tensor]:
