@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from pennyweight.core.errors import DataError
 from pennyweight.core.parallel import allowed_threads
 from pennyweight.evaluate.compare import evaluate
 from pennyweight.models import text
+from pennyweight.models.network.source import TextAmount, named_network
 from pennyweight.models.streamed import StreamedModel
 from pennyweight.pipeline import measuring
 from pennyweight.pipeline.options import Options
@@ -61,6 +63,24 @@ def test_no_window_is_longer_than_the_model_takes(encoder: Path, decoder: Path) 
         model = StreamedModel(path)
         windows = windows_of(model, [tiny.words(200)], length=1000)
         assert max(map(len, windows)) == text.context_length(model.config)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "MPNet"])
+def test_positions_before_a_padding_index_hold_no_token(kind: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=66, pad_token_id=3,
+    )  # fmt: skip
+    path = tiny.save(getattr(transformers, f"{kind}Model"), config, tmp_path / "model")
+    windows = windows_of(StreamedModel(path), [tiny.words(200)], length=1000)
+    named = named_network(str(path), "built-in", text=TextAmount(length=1000))
+    assert named.batches is not None
+    longest = max(named.batches, key=lambda batch: int(batch["input_ids"].shape[1]))
+    assert longest["input_ids"].shape[1] == max(map(len, windows)) < 66
+    # One more is one too many: the places before the padding index are no token's.
+    assert named.net(**longest).last_hidden_state.isfinite().all()
+    with pytest.raises((RuntimeError, IndexError)):
+        named.net(torch.full((1, max(map(len, windows)) + 1), 5))
 
 
 def test_plain_text_is_cut_for_an_encoder_alone(encoder: Path, decoder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pennyweight.core.errors import DataError, ModelError
 
@@ -256,11 +256,20 @@ def digest(token_windows: Sequence[Tensor] | Tensor) -> str:
     return found.hexdigest()
 
 
-def context_length(config: Any) -> int | None:
-    """The longest input that the model was made for, if its config says."""
+def context_length(config: Any, module: nn.Module | None = None) -> int | None:
+    """The longest input that the model was made for, if its config says. In a `module` that counts positions from
+    behind a padding index, as RoBERTa and its kin do, those before it are taken by no token."""
     text: Any = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    return int(limit) if limit else None
+    if not limit:
+        return None
+    tables = [] if module is None else [part for name, part in module.named_modules() if "position" in name]
+    skipped = [
+        table.padding_idx + 1
+        for table in tables
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None and table.num_embeddings == limit
+    ]
+    return int(limit) - max(skipped, default=0)
 
 
 def check_vocabulary(token_windows: Iterable[Tensor], config: Any, names: Sequence[str] = ("tokenizer",)) -> None:

@@ -45,7 +45,7 @@ def windows_of(
 
 def longest(model: StreamedModel, length: int) -> int:
     """`length` tokens, or as many as the model takes where that is less."""
-    return min(length, text.context_length(model.config) or length)
+    return min(length, text.context_length(model.config, model.module) or length)
 
 
 def calibration_windows(model: StreamedModel, options: Options) -> list[Tensor] | None:

@@ -36,7 +36,7 @@ class Exam:
             )
         tokenizer = text.load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
         tokens = Tokens(tokenizer, text.special_tokens(tokenizer))
-        limit = text.context_length(model.config)
+        limit = text.context_length(model.config, model.module)
         passages: list[list[Passage]] = []
         for line, item in zip(task.lines, task.items, strict=True):
             try:

@@ -213,7 +213,7 @@ def _of_text(
         return NamedNetwork(net, named_batches(calibration))
     source = None if calibration == "none" else calibration or BUILT_IN
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    length = min(text.length, context_length(net.config) or text.length)
+    length = min(text.length, context_length(net.config, net) or text.length)
     windows = passages(
         documents(source or BUILT_IN, tokenizer, paragraphs=True), tokenizer, length=length,
         most=text.samples * length, least=length, seed=text.seed,
