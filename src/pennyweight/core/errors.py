@@ -111,3 +111,8 @@ _CAUSES = {
 def killed_by(number: int) -> str:
     """That a process was killed by the signal of that number, and what is most probably behind it."""
     return f"killed by signal {number}, {_CAUSES.get(number, 'a fault in the runtime')}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says first in its error; the error's kind where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

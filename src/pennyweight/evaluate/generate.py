@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pennyweight.core.errors import ModelError, UsageError
+from pennyweight.core.errors import ModelError, UsageError, first_line
 from pennyweight.evaluate.llama_cpp import continuation
 from pennyweight.kernels.packed import Activations
 from pennyweight.models import text
@@ -191,4 +191,4 @@ def load_in_transformers(path: Path, *, trust_remote_code: bool) -> Any:
                 path, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
             )
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be run: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{path} cannot be run: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pennyweight.core.errors import first_line
 from pennyweight.inference.modules import PackedLinear
 from pennyweight.kernels.packed import multiply
 from pennyweight.models.skeleton import call_arguments, find_blocks
@@ -91,7 +92,7 @@ def find_shared(model: nn.Module, linears: Collection[str], others: Collection[s
         with _replaced(model, stand_ins), torch.no_grad():
             model(**call_arguments(model, torch.zeros(1, _TOKENS, dtype=torch.int64)))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-        return Found([], f"it cannot be run on text alone: {str(error).splitlines()[0]}")
+        return Found([], f"it cannot be run on text alone: {first_line(error)}")
     return Found([names for names in calls.by_input.values() if len(names) > 1])
 
 

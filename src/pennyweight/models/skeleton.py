@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pennyweight.core.errors import ModelError
+from pennyweight.core.errors import ModelError, first_line
 
 # Parts of a multimodal model that are never quantized, by the names that transformers gives them.
 _TOWERS = ("vision", "visual", "audio", "image", "speech", "video", "mtp", "codec")
@@ -52,13 +52,9 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (*_MISFITS, StrictDataclassError) as error:
         raise ModelError(
-            f"{path}/config.json cannot be used: {_first_line(error)}. Known model types are those of the installed "
+            f"{path}/config.json cannot be used: {first_line(error)}. Known model types are those of the installed "
             "transformers; a model that brings its own code needs --trust-remote-code."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def build(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
@@ -83,7 +79,7 @@ def _built(plain: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> nn.Mod
         raise
     except _MISFITS as error:
         raise ModelError(
-            f"transformers cannot build a model of type {plain.model_type!r} from this config: {_first_line(error)}"
+            f"transformers cannot build a model of type {plain.model_type!r} from this config: {first_line(error)}"
         ) from error
     assert isinstance(model, nn.Module)
     _empty_parameters(model)
@@ -127,7 +123,7 @@ def _by_auto_class(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) 
         try:
             return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
         except ValueError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
     raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {reason}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pennyweight.core.errors import DataError, ModelError
+from pennyweight.core.errors import DataError, ModelError, first_line
 
 BUILT_IN = "built-in"
 # Marks the end of a document in plain text files, as in TinyStories.
@@ -45,13 +45,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
-            f"{path} has no tokenizer that can be loaded ({_first_line(error)}): add its tokenizer files, or use "
+            f"{path} has no tokenizer that can be loaded ({first_line(error)}): add its tokenizer files, or use "
             "--calibration none"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
 
 
 def documents(source: str, tokenizer: Any, *, paragraphs: bool = False) -> list[str]:

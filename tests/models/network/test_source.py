@@ -21,7 +21,7 @@ from tests.pipeline import tiny
 
 _FILE = """
 import torch
-from torch import Tensor, nn
+from torch import nn
 from part import WIDTH
 
 class Net(nn.Module):

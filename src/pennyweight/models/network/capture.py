@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from pennyweight.core.errors import ModelError, WeightError
+from pennyweight.core.errors import ModelError, WeightError, first_line
 from pennyweight.models.network.axes import Axes, attempts, varying
 from pennyweight.models.network.functional import put_dropouts_back, without_mutation, writes_into_parts
 from pennyweight.models.network.lift import lift
@@ -59,13 +59,9 @@ def _exported(net: nn.Module, inputs: Inputs, dynamic: Any) -> torch.export.Expo
         except Exception as error:
             if way is ways[-1]:
                 raise ModelError(
-                    f"{type(net).__name__} cannot be captured: {_first_line(error)}{where(error)}\n{_REMEDY}"
+                    f"{type(net).__name__} cannot be captured: {first_line(error)}{where(error)}\n{_REMEDY}"
                 ) from error
     raise AssertionError("there is always a way to try")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _functional(exported: torch.export.ExportedProgram, net: nn.Module) -> fx.GraphModule:
@@ -103,7 +99,7 @@ def _check_result(net: nn.Module, graph: fx.GraphModule, inputs: Inputs) -> None
                 results.append(pytree.tree_leaves(module(*given.args, **given.kwargs)))
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 raise ModelError(
-                    f"{type(net).__name__} does not run on the first batch ({_first_line(error)}): give inputs that it "
+                    f"{type(net).__name__} does not run on the first batch ({first_line(error)}): give inputs that it "
                     "takes; token ids lie in its vocabulary, and are no more than its positions"
                 ) from error
     for buffer, saved in buffers.items():

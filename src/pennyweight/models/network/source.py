@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pennyweight.core.errors import DataError, ModelError, UsageError
+from pennyweight.core.errors import DataError, ModelError, UsageError, first_line
 from pennyweight.models.config_json import read_config_json
 from pennyweight.models.network.arrays import ARRAY_FILES, array_batches
 from pennyweight.models.text import (
@@ -201,7 +201,7 @@ def _transformers_model(path: Path, *, trust_remote_code: bool) -> Any:
             path, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        raise ModelError(f"{path} cannot be loaded by transformers: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{path} cannot be loaded by transformers: {first_line(error)}") from error
     return loaded.eval()
 
 
